@@ -1,0 +1,170 @@
+"""What a run is: the `Config` of an experiment, read from a plain Python file and checked field by field.
+
+A config file defines `config = dict(network=..., dataset=..., ...)`, whose keys are the fields of `Config` below. It
+overrides only what differs: from the defaults, or from another file (`config = base | dict(augment=rotate)`).
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import math
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+import optax
+
+
+class ConfigError(ValueError):
+    """A config or a command line that cannot be run; the message says what was given, expected, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One training run. The same config gives the same numbers on the same kind and number of devices."""
+
+    network: nn.Module
+    """Called as `network(images [n, H, W, C], train)`, gives logits [n, num_classes]."""
+    dataset: str = "mnist_rot/subset"
+    """A name known to `experiments.datasets.load`."""
+    data_dir: str | None = None
+    """Where data sets are kept; None is the data sets' own default."""
+    validation: int = 0
+    """Images held out of the train set; the rest is trained on. Every choice between models is made on these."""
+    augment: Callable | None = None
+    """A function of (key, images [n, H, W, C] in [0, 1]), traced into the step; see `datasets.augment`."""
+    epochs: int = 1
+    batch_size: int = 128
+    """Images in one update, over all devices. An epoch drops the remainder: 12 000 images are 93 batches of 128."""
+    optimizer: Callable = optax.adam
+    """Called with the learning rate (an optax schedule), gives an optax transformation."""
+    learning_rate: float | Callable = 1e-3
+    """A rate, or a function from the epoch, which has a fraction, to the rate; see `piecewise`, `warmup_cosine`."""
+    l2: float = 0.0
+    """The loss gets l2/2 · ||w||², summed over every weight: all parameters named "kernel", no bias or batch norm."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the network computes in; parameters, statistics and the loss stay in float32."""
+    seed: int = 0
+    """Seeds the initial weights, the order of the images, dropout and augmentation."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How the batch is split over devices: `jax.jit` over a mesh, or `jax.pmap`. Both give the same numbers."""
+    scan: Literal["auto", True, False] = "auto"
+    """An epoch as one compiled loop (True) or a Python loop over a compiled step. "auto" compiles the loop, except on
+    a CPU for a network that uses lax.conv, which XLA runs some 30 times slower inside a compiled loop."""
+    eval_batch_size: int = 512
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+
+
+_AT_LEAST = {"validation": 0, "epochs": 1, "batch_size": 1, "l2": 0.0, "seed": 0, "eval_batch_size": 1}
+
+
+def piecewise(rates: Mapping[float, float], epoch) -> jnp.ndarray:
+    """A constant rate from each epoch on: `piecewise({0: 1e-3, 100: 1e-4}, 99.5)` is 1e-3. The first key is 0."""
+    starts, values = jnp.array(list(rates), jnp.float32), jnp.array(list(rates.values()), jnp.float32)
+    return values[jnp.searchsorted(starts, epoch, side="right") - 1]
+
+
+def warmup_cosine(peak: float, warmup: float, epochs: float, epoch) -> jnp.ndarray:
+    """Rises linearly from 0 to `peak` over `warmup` epochs, then falls to 0 at `epochs` as half a cosine."""
+    fall = jnp.clip((epoch - warmup) / (epochs - warmup), 0, 1)
+    return peak * jnp.minimum(epoch / warmup, (1 + jnp.cos(jnp.pi * fall)) / 2)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a file, with `overrides` of the form "key=value" put over it."""
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in (Path(__file__).parent / "configs").glob("*.py") if p.stem != "__init__")
+        raise ConfigError(f"no config file {path}; give the path of a Python file, such as\n  " + "\n  ".join(near))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"config file {path} does not run: {type(error).__name__}: {error}") from error
+    values = getattr(module, "config", None)
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"config file {path} must define `config = dict(network=..., ...)`; its config is {values!r}")
+    return make({**values, **dict(_override(text) for text in overrides)})
+
+
+def make(values: Mapping[str, Any]) -> Config:
+    """A checked `Config` from a dict of its fields."""
+    for key in values:
+        _field(key)
+    if "network" not in values:
+        raise ConfigError("the config has no network; add network=<a flax.linen module>")
+    return Config(**values)
+
+
+def describe(value) -> Any:
+    """`value` as JSON data that is equal for equal configs: functions by name, modules and configs by fields."""
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if isinstance(value, functools.partial):
+        return {"function": describe(value.func), "arguments": describe([*value.args, dict(value.keywords)])}
+    if isinstance(value, nn.Module):
+        fields = [f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name")]
+        return {"module": describe(type(value))} | {name: describe(getattr(value, name)) for name in fields}
+    if isinstance(value, Config):
+        return {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if callable(value) and hasattr(value, "__name__"):
+        return f"{value.__module__}.{value.__name__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _field(key: str) -> dataclasses.Field:
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    if key in fields:
+        return fields[key]
+    near = difflib.get_close_matches(str(key), fields, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "the keys are " + ", ".join(fields)
+    raise ConfigError(f"unknown config key {key!r}; {hint}")
+
+
+def _override(text: str) -> tuple[str, Any]:
+    """("key", value) from "key=value"; the value is a Python literal, or text where the field takes text."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set takes key=value, got {text!r}")
+    kind = _field(key).type
+    if Callable in (kind, *typing.get_args(kind)) and float not in typing.get_args(kind) or kind is nn.Module:
+        raise ConfigError(f"--set cannot give {key}, which is a Python object; write a config file that sets it")
+    if kind is str:
+        return key, value
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _checked(field: dataclasses.Field, value):
+    """`value` if it has the field's type (an int becomes a float where that is asked), else a ConfigError."""
+    kinds = typing.get_args(field.type) or (field.type,)
+    if typing.get_origin(field.type) is Literal:
+        if any(value is kind or isinstance(kind, str) and value == kind for kind in kinds):
+            return value
+        raise ConfigError(f"{field.name} is {value!r}; it must be one of {', '.join(map(repr, kinds))}")
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+        names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ConfigError(f"{field.name} is {value!r} of type {type(value).__name__}; it must be {names}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{field.name} is {value}; it must be a finite number")
+    if field.name in _AT_LEAST and value < _AT_LEAST[field.name]:
+        raise ConfigError(f"{field.name} is {value}; it must be at least {_AT_LEAST[field.name]}")
+    return value

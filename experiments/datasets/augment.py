@@ -1,0 +1,39 @@
+"""Augmentations, as pure functions of (key, images) to be traced into the training step, and moments of a data set."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import rotation
+
+
+def rotate(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Turns each image [n, H, W, C] by its own angle, uniform in [0°, 360°): bilinear, zero outside."""
+    angles = jax.random.uniform(key, images.shape[:1], maxval=2 * jnp.pi)
+    return rotation.rotate(images, angles, jnp)
+
+
+def shift_and_flip(key: jax.Array, images: jax.Array, pad: int = 4) -> jax.Array:
+    """Pads each image [n, H, W, C] with `pad` zeros a side, crops [H, W] at random, mirrors it with probability 1/2."""
+    n, height, width, channels = images.shape
+    crop_key, flip_key = jax.random.split(key)
+    corners = jax.random.randint(crop_key, (n, 2), 0, 2 * pad + 1)
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    crop = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (height, width, channels)))
+    flip = jax.random.bernoulli(flip_key, shape=(n, 1, 1, 1))
+    cropped = crop(padded, corners)
+    return jnp.where(flip, cropped[:, :, ::-1], cropped)
+
+
+def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation, float32 [C], of each channel of images [n, H, W, C]: for `(images - mean) / std`.
+
+    Computed once, outside the training step, by numpy: float32 cannot add up a whole data set.
+    """
+    total = squares = 0
+    for start in range(0, len(images), 1000):
+        part = images[start : start + 1000].astype(np.float64)
+        total, squares = total + part.sum((0, 1, 2)), squares + (part**2).sum((0, 1, 2))
+    count = images[..., 0].size
+    mean = total / count
+    return mean.astype(np.float32), np.sqrt(squares / count - mean**2).astype(np.float32)

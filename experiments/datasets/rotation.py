@@ -1,0 +1,45 @@
+"""Turning images about their centre: one formula, for numpy (the data builder) and jax.numpy (the augmentation)."""
+
+import numpy as np
+
+
+def rotate(images, angles, xp=np):
+    """Turns each image counter-clockwise, as displayed with row 0 on top, by its own angle.
+
+    `out(p) = in(R(-angle) p)` with p measured from the image centre ((H - 1) / 2, (W - 1) / 2), interpolated
+    bilinearly; every pixel outside the image counts as zero.
+
+    Args:
+      images: [n, H, W, C], floating.
+      angles: [n], radians.
+      xp: the array module that computes: `numpy` or `jax.numpy`.
+
+    Returns:
+      [n, H, W, C] of the dtype of `images`.
+    """
+    n, height, width, channels = images.shape
+    row = xp.arange(height)[:, None] - (height - 1) / 2
+    column = xp.arange(width)[None, :] - (width - 1) / 2
+    cos, sin = xp.cos(angles)[:, None, None], xp.sin(angles)[:, None, None]
+    source_row = cos * row + sin * column + (height - 1) / 2
+    source_column = cos * column - sin * row + (width - 1) / 2
+
+    # A border of zeros, one pixel wide, stands for all that lies outside; coordinates below count from its corner.
+    padded = xp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(n, -1, channels)
+    i, down = _cell(source_row, height, xp)
+    j, right = _cell(source_column, width, xp)
+
+    def corner(di, dj):
+        index = ((i + di) * (width + 2) + j + dj).reshape(n, -1, 1)
+        return xp.take_along_axis(padded, index, axis=1).reshape(n, height, width, channels)
+
+    top = (1 - right) * corner(0, 0) + right * corner(0, 1)
+    bottom = (1 - right) * corner(1, 0) + right * corner(1, 1)
+    return ((1 - down) * top + down * bottom).astype(images.dtype)
+
+
+def _cell(coordinate, size, xp):
+    """The index of the pixel before `coordinate`, counted from the zero border, and the fraction [..., 1] past it."""
+    coordinate = xp.clip(coordinate, -1, size) + 1
+    index = xp.clip(xp.floor(coordinate), 0, size)
+    return index.astype(xp.int32), (coordinate - index)[..., None]

@@ -1,0 +1,128 @@
+"""Prepared data sets: made once into a folder, then read back into memory as arrays."""
+
+import contextlib
+import difflib
+import errno
+import io
+import os
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .sources import DataError
+
+SUBSET = Path(__file__).with_name("mnist_rot_subset.npz")
+CLASSES = {
+    "mnist_rot/subset": 10,
+    "mnist_rot/official": 10,
+    "mnist_rot/regenerated": 10,
+    "cifar10": 10,
+    "cifar100": 100,
+}
+
+
+class Split(NamedTuple):
+    images: np.ndarray  # float32 in [0, 1], [n, H, W, C]
+    labels: np.ndarray  # int32, [n]
+
+
+class Dataset(NamedTuple):
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    note: str  # provenance
+
+
+def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None = None) -> Dataset:
+    """Reads a data set into memory; the first time it is fetched and prepared, with progress bars.
+
+    Args:
+      name: "mnist_rot/subset" (embedded, needs no network), "mnist_rot/official", "mnist_rot/regenerated", "cifar10"
+        or "cifar100".
+      validation: how many examples, from the end of the train split, to set apart; 0 trains on all of it.
+      data_dir: where prepared sets lie, and in its folder `manual` the archives put there by hand. Default: the
+        environment variable PDO_DATA_DIR, or ~/.cache/pdo_jax.
+
+    Raises:
+      ValueError: an unknown name, or a bad count of validation examples.
+      DataError: the set can be neither read nor fetched; nothing half-written is left behind.
+    """
+    if name not in CLASSES:
+        close = difflib.get_close_matches(str(name), CLASSES, n=1, cutoff=0.3)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown data set {name!r}; the data sets are {', '.join(CLASSES)}.{hint}")
+    if name == "mnist_rot/subset":
+        with np.load(SUBSET) as arrays:
+            splits = {split: (arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in ("train", "test")}
+        note = "an embedded subset of MNIST-rot regenerated from MNIST, not the official file"
+    else:
+        root = Path(data_dir or os.environ.get("PDO_DATA_DIR") or "~/.cache/pdo_jax").expanduser()
+        splits, note = _read(_prepared(name, root))
+    train, test = _split(*splits["train"]), _split(*splits["test"])
+    n = len(train.labels)
+    if isinstance(validation, bool) or not isinstance(validation, int) or not 0 <= validation < n:
+        raise ValueError(f"validation must be a whole number from 0 to {n - 1} for {name}, got {validation!r}")
+    held, train = Split(*(a[n - validation :] for a in train)), Split(*(a[: n - validation] for a in train))
+    return Dataset(name, train, held, test, CLASSES[name], note)
+
+
+def _prepared(name: str, root: Path) -> Path:
+    """The folder of the prepared data set; made in a temporary folder beside it, and moved there when complete."""
+    import tensorflow_datasets as tfds
+
+    from . import builders
+
+    kind, _, config = name.partition("/")
+    builder = {"mnist_rot": builders.MnistRot, "cifar10": builders.Cifar10, "cifar100": builders.Cifar100}[kind]
+    target = root / name / str(builder.VERSION)
+    if target.exists():
+        return target
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".preparing-", dir=root) as folder:
+            build = builder(manual_dir=root / "manual", data_dir=folder, config=config or None)
+            tfds.disable_progress_bar()  # ours are shorter; nor should the temporary folder be printed
+            with contextlib.redirect_stdout(io.StringIO()):
+                build.download_and_prepare()
+            _read(build.data_path)  # proves that all of it has reached the disk
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                Path(build.data_path).rename(target)
+            except OSError:
+                if not target.exists():  # else another process was faster, and its data set is as good
+                    raise
+    except DataError:
+        raise
+    except (OSError, RuntimeError) as error:  # the record writer reports a full disk as a RuntimeError
+        full = os.strerror(errno.ENOSPC) in str(error)
+        advice = "free some space, or" if full else "check that this folder can be written, or"
+        message = f"cannot write the data set {name} under {root}: {error}\n{advice} choose another with PDO_DATA_DIR"
+        raise DataError(message) from error
+    return target
+
+
+def _read(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], str]:
+    """The images and labels of each split as they were stored, and the note on their provenance."""
+    import tensorflow_datasets as tfds
+
+    splits = {}
+    try:
+        builder = tfds.builder_from_directory(folder)
+        for split in ("train", "test"):
+            source = builder.as_data_source(split)
+            examples = source.__getitems__(range(len(source)))
+            splits[split] = tuple(np.stack([example[key] for example in examples]) for key in ("image", "label"))
+        return splits, builder.info.metadata["note"]
+    except Exception as error:  # the reader's errors are of many kinds
+        raise DataError(f"the data set in {folder} is damaged ({error}); delete that folder and try again") from error
+
+
+def _split(images: np.ndarray, labels: np.ndarray) -> Split:
+    floats = images.astype(np.float32)
+    if images.dtype == np.uint8:
+        floats /= 255
+    return Split(floats, labels.astype(np.int32))

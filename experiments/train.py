@@ -1,0 +1,354 @@
+"""The training loop: from a `Config` to a folder with checkpoints, metrics, figures and a result.
+
+The data set lives on every device. An epoch is one compiled program over a permutation of the train set; each device
+takes its share of every batch, and gradients, batch statistics and metrics are averaged over the mesh axis "data".
+Everything random is a function of the seed and of the step number, so that a run that was killed and started again
+ends with the same bits as one that was not (same devices; a GPU needs XLA_FLAGS=--xla_gpu_deterministic_ops=true).
+The test set is evaluated once, after the last epoch.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+import pdo_jax as pdo
+from experiments import datasets, figures
+from experiments.config import Config, describe
+from experiments.datasets import augment
+from experiments.workdir import (
+    TrainError,
+    append_line,
+    checkpoint_manager,
+    open_workdir,
+    read_history,
+    read_json,
+    restore,
+    saved_epochs,
+    surroundings,
+    write_json,
+)
+
+SPLITS = ("train", "validation", "test")
+
+
+class State(NamedTuple):
+    """All that changes in training, and all that a checkpoint holds."""
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+    @property
+    def variables(self):
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+class Model(NamedTuple):
+    """The config's network in the config's dtype, and the train set's moments [channels]."""
+
+    network: nn.Module
+    mean: np.ndarray
+    deviation: np.ndarray
+
+    def logits(self, variables, images, **kwargs):
+        return self.network.apply(variables, (images - self.mean) / self.deviation, **kwargs)
+
+
+def train(config: Config, workdir: Path, data: datasets.Dataset | None = None, source: Mapping | None = None) -> dict:
+    """Trains to the config's last epoch, on from the last checkpoint in `workdir` if there is one; returns the result.
+
+    `data` stands in for the config's data set. `source` is kept in the workdir: where the config came from.
+    """
+    began = time.perf_counter()
+    workdir, writes = Path(workdir).absolute(), jax.process_index() == 0
+    open_workdir(workdir, config)
+    if (workdir / "result.json").exists():
+        return read_json(workdir / "result.json")
+    data = data or load_data(config)
+    shape, sizes = data.train.images.shape[1:], {name: len(getattr(data, name).labels) for name in SPLITS}
+    check(config, data)
+    model = make_model(config, *augment.moments(data.train.images))
+    if writes:
+        inputs = {"shape": shape, "mean": model.mean.tolist(), "deviation": model.deviation.tolist()}
+        write_json(workdir / "config.json", {"config": describe(config), "source": source, "input": inputs})
+
+    mesh = Mesh(jax.devices(), ("data",))
+    state = place(mesh, initial_state(config, model, shape))
+    train_epoch, scan = epoch_program(config, model, data.train, mesh, state)
+    evaluate = evaluation_program(config, model, data.num_classes, mesh)
+
+    done = max(saved_epochs(workdir), default=0)
+    state = restore(workdir, done, state) if done else state
+    with checkpoint_manager(workdir) as manager:
+        history = read_history(workdir / "metrics.jsonl", done, writes)
+        board = SummaryWriter(str(workdir / "tensorboard"), purge_step=done + 1) if writes else None
+        bar = tqdm(total=config.epochs, initial=done, unit="epoch", disable=not writes)
+        for epoch in range(done + 1, config.epochs + 1):
+            epoch_began = time.perf_counter()
+            state, metrics = train_epoch(state, epoch)
+            if not all(map(math.isfinite, metrics.values())):
+                raise TrainError(
+                    f"training diverged in epoch {epoch}: {metrics}. The checkpoint of epoch {epoch - 1} is kept,"
+                    f" in {workdir / 'checkpoints'}. Lower the learning rate, or look for bad numbers in the data."
+                )
+            if sizes["validation"]:
+                confusion, loss = evaluate(state.variables, data.validation)
+                metrics |= {"validation_loss": loss, "validation_error": error_rate(confusion)}
+            history.append({"epoch": epoch, **metrics, "seconds": time.perf_counter() - epoch_began})
+            if writes:  # before the checkpoint, so that a run that resumes from it has all its lines
+                append_line(workdir / "metrics.jsonl", history[-1])
+                for name, value in metrics.items():
+                    board.add_scalar(name, value, epoch)
+                board.flush()
+            manager.save(epoch, args=ocp.args.StandardSave(place(mesh, jax.tree.map(np.array, state))))
+            bar.set_postfix({name: f"{value:.4f}" for name, value in metrics.items() if name.endswith("error")})
+            bar.update()
+        bar.close()
+
+    confusion, loss = evaluate(state.variables, data.test)
+    result = {
+        "test_error": error_rate(confusion),
+        "test_loss": loss,
+        "validation_error": history[-1].get("validation_error"),
+        "train_loss": history[-1]["train_loss"],
+        "dataset": data.name,
+        "dataset_note": data.note,
+        "images": sizes,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "train_seconds": sum(line["seconds"] for line in history),
+    }
+    if writes:
+        board.close()
+        variables = jax.device_get(state.variables)
+        result["equivariance_error"] = equivariance_error(model, variables, data.test.images[:64])
+        result["figures"] = figures.draw(workdir / "figures", history, confusion, model.network, variables, shape)
+        result |= {"wall_seconds": time.perf_counter() - began, "scan": scan} | surroundings()
+        result["config"] = describe(config)
+        write_json(workdir / "result.json", result)
+    return result
+
+
+# What runs on the devices
+
+
+def step_function(config: Config, model: Model, steps_per_epoch: int, devices: int) -> Callable:
+    """One update on the images at `rows` [batch], as one device sees it: it takes its share of the rows."""
+    if hasattr(model.network, "axis_name"):
+        model = model._replace(network=model.network.clone(axis_name="data"))
+    elif devices > 1:
+        name = type(model.network).__name__
+        raise TrainError(f"{name} has no field axis_name, so its batch statistics would differ on {devices} devices")
+    optimiser = make_optimiser(config, steps_per_epoch)
+    run_key = keys(config)[1]
+
+    def step(state, images, labels, rows):
+        device = lax.axis_index("data")
+        rows = rows.reshape(devices, -1)[device]
+        x, y = images[rows], labels[rows]
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(run_key, state.step), device))
+        if config.augment:
+            x = config.augment(augment_key, x)
+
+        def loss_function(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            options = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": dropout_key}}
+            logits, changed = model.logits(variables, x, **options)
+            logits = logits.astype(jnp.float32)
+            cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+            loss = cross_entropy + config.l2 / 2 * squared_weights(params)
+            return loss, (changed.get("batch_stats", {}), jnp.mean(logits.argmax(-1) != y))
+
+        (loss, (batch_stats, error)), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
+        gradients, loss, error = lax.pmean((gradients, loss, error), "data")
+        updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(state.step + 1, params, batch_stats, opt_state), {"train_loss": loss, "train_error": error}
+
+    return step
+
+
+def epoch_program(config: Config, model: Model, split: datasets.Split, mesh: Mesh, state: State):
+    """(A function of state and epoch, counted from 1, that gives state and metrics; whether it is a compiled loop)."""
+    steps = len(split.labels) // config.batch_size
+    step = step_function(config, model, steps, mesh.size)
+    images, labels = place(mesh, split)
+    scan = config.scan
+    if scan == "auto":
+        scan = jax.default_backend() != "cpu" or not uses_convolution(
+            step, mesh, state, images, labels, config.batch_size
+        )
+    run = repeated(step, scan, config.parallel, mesh)
+    weight_norm = jax.jit(optax.tree.norm)
+
+    def train_epoch(state, epoch):
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(split.labels)).astype(np.int32)
+        order = order[: steps * config.batch_size].reshape(steps, config.batch_size)
+        state, metrics = run(state, images, labels, order)
+        metrics = {name: float(np.mean(values, dtype=np.float64)) for name, values in jax.device_get(metrics).items()}
+        metrics["weight_norm"] = float(weight_norm(state.params))
+        return state, metrics | {"learning_rate": float(rate(config, epoch - 1 / steps))}
+
+    return train_epoch, scan
+
+
+def uses_convolution(step: Callable, mesh: Mesh, state: State, images, labels, batch_size: int) -> bool:
+    rows = np.zeros(batch_size, np.int32)
+    return "conv_general_dilated" in str(mapped(step, "jit", mesh).trace(state, images, labels, rows).jaxpr)
+
+
+def evaluation_program(config: Config, model: Model, num_classes: int, mesh: Mesh) -> Callable:
+    """A function of (variables, split) that gives the counts [class, predicted class] and the mean cross entropy.
+
+    The batches come from the host, padded to one size, so that one compiled program serves every split.
+    """
+    batch = -(-config.eval_batch_size // mesh.size) * mesh.size
+
+    def count(variables, images, labels):
+        device = lax.axis_index("data")
+        x, y = images.reshape(mesh.size, -1, *images.shape[1:])[device], labels.reshape(mesh.size, -1)[device]
+        logits = model.logits(variables, x, train=False).astype(jnp.float32)
+        loss = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, y), where=y >= 0)
+        confusion = jnp.zeros((num_classes, num_classes), jnp.int32).at[y, logits.argmax(-1)].add(y >= 0)
+        return lax.psum((confusion, loss), "data")
+
+    compiled = mapped(count, config.parallel, mesh, donate=False)
+
+    def evaluate(variables, split):
+        counts = []
+        for start in range(0, len(split.labels), batch):
+            images, labels = split.images[start : start + batch], split.labels[start : start + batch]
+            missing = batch - len(labels)  # label -1: no image
+            images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+            counts.append(compiled(variables, images, np.pad(labels, (0, missing), constant_values=-1)))
+        confusions, losses = zip(*jax.device_get(counts), strict=True)
+        return sum(confusions), float(sum(losses)) / len(split.labels)
+
+    return evaluate
+
+
+def repeated(function: Callable, scan: bool, parallel: str, mesh: Mesh) -> Callable:
+    """`function(carry, *data, rows)` for every row of an order, as a compiled loop or a Python loop, on all devices."""
+    if scan:
+
+        def loop(carry, *data):
+            *data, order = data
+            return lax.scan(lambda carry, rows: function(carry, *data, rows), carry, order)
+
+        return mapped(loop, parallel, mesh)
+    compiled = mapped(function, parallel, mesh)
+
+    def python_loop(carry, *data):
+        *data, order = data
+        outputs = []
+        for rows in order:
+            carry, output = compiled(carry, *data, rows)
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *leaves: np.stack(jax.device_get(leaves)), *outputs)
+
+    return python_loop
+
+
+def mapped(function: Callable, parallel: str, mesh: Mesh, donate: bool = True) -> Callable:
+    """`function` compiled for all devices: arguments and results are the same on each; the first argument is donated."""
+    if parallel == "jit":
+        same = PartitionSpec()
+        everywhere = jax.shard_map(function, mesh=mesh, in_specs=same, out_specs=same, check_vma=False)
+        return jax.jit(everywhere, donate_argnums=0 if donate else ())
+    devices = np.arange(jax.local_device_count())  # pmap wants an argument that differs between devices
+    everywhere = jax.pmap(
+        lambda _, first, rest: function(first, *rest),
+        axis_name="data",
+        in_axes=(0, None, None),
+        out_axes=None,
+        donate_argnums=1 if donate else (),
+    )
+    return lambda first, *rest: everywhere(devices, first, rest)
+
+
+def place(mesh: Mesh, tree):
+    """A copy of every array of `tree` on every device of the mesh, also where the mesh spans several processes."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(x), np.shape(x)), tree)
+
+
+# The model, its loss and its optimiser
+
+
+def check(config: Config, data: datasets.Dataset):
+    """Errors for what would fail later, or would train something else than meant."""
+    network, devices = config.network, jax.device_count()
+    if getattr(network, "num_classes", data.num_classes) != data.num_classes:
+        raise TrainError(f"the network has {network.num_classes} classes, {data.name} has {data.num_classes}")
+    if config.batch_size % devices:
+        raise TrainError(f"batch_size is {config.batch_size}; it must be a multiple of the {devices} devices")
+    if config.batch_size > len(data.train.labels):
+        raise TrainError(f"batch_size is {config.batch_size}; the train set has {len(data.train.labels)} images only")
+
+
+def load_data(config: Config) -> datasets.Dataset:
+    try:
+        return datasets.load(config.dataset, validation=config.validation, data_dir=config.data_dir)
+    except ValueError as error:
+        raise TrainError(str(error)) from error
+
+
+def make_model(config: Config, mean, deviation) -> Model:
+    network = config.network
+    if hasattr(network, "dtype"):
+        network = network.clone(dtype=config.dtype)
+    elif config.dtype != "float32":
+        raise TrainError(f"{type(network).__name__} has no field dtype, so it cannot compute in {config.dtype}")
+    return Model(network, np.asarray(mean, np.float32), np.asarray(deviation, np.float32))
+
+
+def initial_state(config: Config, model: Model, image_shape) -> State:
+    image = jnp.zeros((1, *image_shape))
+    variables = jax.jit(lambda key: model.network.init(key, image, train=False))(keys(config)[0])
+    params = variables["params"]
+    return State(jnp.int32(0), params, variables.get("batch_stats", {}), make_optimiser(config, 1).init(params))
+
+
+def keys(config: Config):
+    """Two random keys: for the initial weights, and for all that happens in the steps."""
+    return jax.random.split(jax.random.key(config.seed))
+
+
+def make_optimiser(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+    return config.optimizer(lambda step: rate(config, step / steps_per_epoch))
+
+
+def rate(config: Config, epoch):
+    return jnp.asarray(config.learning_rate(epoch) if callable(config.learning_rate) else config.learning_rate)
+
+
+def squared_weights(params) -> jax.Array:
+    """The sum of squares of every parameter named "kernel"."""
+    leaves = jax.tree.leaves_with_path(params)
+    return sum(jnp.sum(jnp.square(leaf)) for path, leaf in leaves if path[-1].key == "kernel")
+
+
+def error_rate(confusion: np.ndarray) -> float:
+    return 1 - float(np.trace(confusion)) / int(confusion.sum())
+
+
+def equivariance_error(model: Model, variables, images) -> list[float] | None:
+    """For a network of a group: how far its logits move, relatively, when each group element turns the images."""
+    group = getattr(model.network, "group", None)
+    if group is None:
+        return None
+    logits = jax.jit(lambda x: model.logits(variables, x, train=False))
+    return pdo.equivariance.error(logits, jnp.asarray(images), group).tolist()

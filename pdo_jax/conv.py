@@ -1,0 +1,234 @@
+"""PDO-eConvs as Flax modules: equivariant convolutions made of partial differential operators."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from pdo_jax import kernels, lowering, steerable, stencils
+from pdo_jax.fields import Representation
+from pdo_jax.groups import Group
+
+Padding = str | int | Sequence[int | tuple[int, int]]
+
+
+class _OrbitConv(nn.Module):
+    """What lifting and group convolution share: parameters, kernel, lowering."""
+
+    features: int
+    group: Group
+    kernel_size: int = 5
+    strides: int | Sequence[int] = 1
+    padding: Padding = "SAME"
+    basis: str | int = "paper"
+    scheme: Callable = stencils.central_difference
+    frame: Any = 0.0
+    lowering: str = "auto"
+    use_bias: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable | None = None
+
+    def _convolve(self, x, lifted):
+        group, bank = self.group, kernels.bank(self.group, self.kernel_size, self.basis, self.scheme, self.frame)
+        channels, components = x.shape[-2:]
+        init = self.kernel_init or nn.initializers.normal(bank.scale(channels * components, rectified=lifted))
+        w = self.param("kernel", init, (bank.turned.shape[1], channels, components, self.features), self.param_dtype)
+        c = kernels.group_coefficients(w, bank, group) if lifted else kernels.lifting_coefficients(w, bank)
+        return _apply(self, x, c, bank, _fold(group, lifted))
+
+
+class LiftingConv(_OrbitConv):
+    """The first layer: turns every base operator by every group element, (Ψf)(x, A) = p(A^{-1}∇) f (x).
+
+    An input transformed by R gives the output transformed by R, ``groups.act(y, group, r)``: exactly where R maps the grid to
+    itself, to second order in the grid spacing for any other.
+
+    Attributes:
+      features: number of output channels.
+      group: a finite group of the dimension of space.
+      kernel_size: odd number of points along each axis; 1 is pointwise.
+      strides: step between outputs, one for all axes or one each.
+      padding: "SAME" (kernel_size // 2 zeros on every side), "VALID", "CIRCULAR" (as SAME, periodic), a number of zeros, or one
+        number or (before, after) for each axis.
+      basis: "paper" (at most 2 derivatives along an axis and kernel_size - 1 in all: the nine operators on 5×5) or an int (all
+        operators up to that order).
+      scheme: discretisation: ``stencils.central_difference``, ``gaussian_derivative`` or ``rbf_fd``; options by functools.partial.
+      frame: turns the base operators before the group does; an angle in radians, or an orthogonal matrix.
+      lowering: how it is computed, see :mod:`pdo_jax.lowering`; all give the same numbers.
+      use_bias: one bias for each output channel, shared over the group.
+      dtype: of the computation, by default that of the input; param_dtype: of the parameters.
+      kernel_init: by default normal, scaled to keep the variance of a white input (``kernels.Bank.scale``).
+
+    Shapes: [batch, *space, channels] -> [batch, *space, features, group.order].
+
+    Raises:
+      ValueError: an input of another dimension than the group, a basis too large for the kernel, a kernel larger than the input.
+
+    Source: Shen, He, Lin, Ma, "PDO-eConvs", ICML 2020, Eq. 8.
+
+    >>> import jax, pdo_jax as pdo
+    >>> layer = pdo.LiftingConv(features=7, group=pdo.groups.cyclic(8))
+    >>> variables = layer.init(jax.random.key(0), x := jax.numpy.ones([2, 28, 28, 1]))
+    >>> layer.apply(variables, x).shape
+    (2, 28, 28, 7, 8)
+    """
+
+    @nn.compact
+    def __call__(self, x):
+        if x.ndim != self.group.dim + 2:
+            raise ValueError(f"LiftingConv of {self.group!r} takes [batch, *space, channels] with {self.group.dim} axes of space, "
+                             f"got shape {x.shape}")
+        return self._convolve(x[..., None], lifted=False)
+
+
+class GroupConv(_OrbitConv):
+    """Group convolution, (ΦF)(x, A) = Σ_C p_{A^{-1}C}(A^{-1}∇) F(·, C) (x), with one polynomial for every relative element.
+
+    Attributes and errors as for :class:`LiftingConv`; ``kernel_init`` by default keeps the variance behind a ReLU.
+
+    Shapes: [batch, *space, channels, group.order] -> [batch, *space, features, group.order].
+
+    Source: Shen, He, Lin, Ma, "PDO-eConvs", ICML 2020, Eq. 12.
+
+    >>> import jax, pdo_jax as pdo
+    >>> layer = pdo.GroupConv(features=7, group=pdo.groups.dihedral(4), kernel_size=3)
+    >>> variables = layer.init(jax.random.key(0), x := jax.numpy.ones([2, 9, 9, 5, 8]))
+    >>> layer.apply(variables, x).shape
+    (2, 9, 9, 7, 8)
+    """
+
+    @nn.compact
+    def __call__(self, x):
+        _check_field("GroupConv", x, self.group, self.group.order)
+        return self._convolve(x, lifted=True)
+
+
+class PDOConv(nn.Module):
+    """A learned equivariant operator between fields of any two representations of a group.
+
+    y = Σ_k w_k H_k(∇) x, where the H_k are all solutions of ρ_out(A) H(A^{-1}∇) ρ_in(A)^{-1} = H up to an order
+    (:func:`pdo_jax.steerable.basis`; Jenner & Weiler, ICLR 2022). Lifting is trivial → regular, group convolution
+    regular → regular, both with all operators up to ``order``.
+
+    Attributes:
+      features: number of output fields.
+      in_rep, out_rep: representations of one group.
+      order: highest order of the operators, by default kernel_size - 1, at most 2.
+      use_bias: one bias for each output field; only for a trivial out_rep.
+      The others as for :class:`LiftingConv`.
+
+    Shapes: [batch, *space, channels, in_rep.dim] -> [batch, *space, features, out_rep.dim].
+
+    Raises:
+      ValueError: representations of different groups, a field of another shape, a bias on a field that is not trivial, or
+        no equivariant operator at all up to that order.
+    """
+
+    features: int
+    in_rep: Representation
+    out_rep: Representation
+    order: int | None = None
+    kernel_size: int = 5
+    strides: int | Sequence[int] = 1
+    padding: Padding = "SAME"
+    scheme: Callable = stencils.central_difference
+    lowering: str = "auto"
+    use_bias: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        group = self.in_rep.group
+        _check_field("PDOConv", x, group, self.in_rep.dim)
+        if self.use_bias and not np.allclose(self.out_rep.matrices, 1):
+            raise ValueError(f"a bias is equivariant only on trivial fields, got out_rep={self.out_rep!r}")
+        order = min(self.kernel_size - 1, 2) if self.order is None else self.order
+        bank = _steerable_bank(self.in_rep, self.out_rep, order, self.kernel_size, self.scheme)
+        fan_in = x.shape[-2] * len(bank.basis) / self.out_rep.dim  # each H_k has a kernel of norm 1
+        w = self.param("kernel", self.kernel_init or nn.initializers.normal(1 / math.sqrt(fan_in)),
+                       (len(bank.basis), x.shape[-2], self.features), self.param_dtype)
+        c = jnp.einsum("kif,knoc->nicfo", w, jnp.asarray(bank.basis, w.dtype))
+        return _apply(self, x, c, bank, None)
+
+
+class _SteerableBank:
+    """The basis of :func:`steerable.basis`, mixed within each degree until its kernels are orthonormal, and the stencils."""
+
+    def __init__(self, in_rep, out_rep, order, kernel_size, scheme):
+        basis = steerable.basis(in_rep, out_rep, order)
+        if not len(basis):
+            raise ValueError(f"there is no equivariant operator up to order {order} from {in_rep!r} to {out_rep!r}")
+        self.indices = steerable.multi_indices(in_rep.group.dim, order)
+        self.stencils = stencils.bank(self.indices, kernel_size, scheme)
+        flat = self.stencils.reshape(len(self.indices), -1)
+        overlap = np.tensordot(flat @ flat.T, basis, ((1,), (1,)))  # [n, k, o, c]
+        gram = np.tensordot(basis, overlap, ((1, 2, 3), (0, 2, 3)))
+        values, vectors = np.linalg.eigh(gram)
+        self.basis = np.tensordot(vectors / np.sqrt(values) @ vectors.T, basis, 1)
+
+
+_steerable_bank = functools.lru_cache(maxsize=16)(_SteerableBank)
+
+
+def _apply(module, x, coefficients, bank, fold):
+    """Pads, convolves and adds the bias of a layer."""
+    dim, size = bank.stencils.ndim - 1, bank.stencils.shape[1]
+    strides = _per_axis("strides", module.strides, dim)
+    padding, circular = _padding(module.padding, dim, size)
+    if circular:
+        if min(x.shape[1:dim + 1]) < size // 2:
+            raise ValueError(f"circular padding by {size // 2} needs a larger input, got {x.shape[1:dim + 1]}")
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0), (0, 0)), mode="wrap")
+        padding = ((0, 0),) * dim
+    dtype = module.dtype or jnp.result_type(x, jnp.float32 if jnp.issubdtype(x.dtype, jnp.integer) else x)
+    y = lowering.convolve(x, coefficients, bank.stencils, bank.indices, strides=strides, padding=padding, fold=fold,
+                          lowering=module.lowering, dtype=dtype)
+    if module.use_bias:
+        y = y + module.param("bias", nn.initializers.zeros, (module.features,), module.param_dtype)[:, None].astype(dtype)
+    return y
+
+
+def _fold(group, lifted):
+    """The pairs of components that the point reflection swaps, where the group holds it."""
+    if group.point_reflection is None:
+        return None
+    partner = group.table[group.point_reflection]
+    first = np.flatnonzero(np.arange(group.order) < partner)
+    pairs = tuple(first.tolist()), tuple(partner[first].tolist())
+    return lowering.Fold(pairs if lifted else None, pairs)
+
+
+def _padding(padding, dim, size):
+    """((before, after), …) and whether it is periodic."""
+    half = ((size // 2,) * 2,) * dim
+    if isinstance(padding, str):
+        named = {"SAME": (half, False), "CIRCULAR": (half, True), "VALID": (((0, 0),) * dim, False)}
+        if padding.upper() not in named:
+            raise ValueError(f'padding must be "SAME", "VALID", "CIRCULAR" or numbers, got {padding!r}')
+        return named[padding.upper()]
+    pads = _per_axis("padding", padding, dim, least=0, pairs=True)
+    return tuple(p if isinstance(p, tuple) else (p, p) for p in pads), False
+
+
+def _per_axis(what, value, dim, least=1, pairs=False):
+    values = tuple(tuple(v) if pairs and isinstance(v, list | tuple) else v for v in value) if isinstance(
+        value, list | tuple) else (value,) * dim
+    flat = [n for v in values for n in (v if isinstance(v, tuple) else (v,))]
+    if len(values) != dim or any(isinstance(n, bool) or not isinstance(n, int | np.integer) or n < least for n in flat) or any(
+            isinstance(v, tuple) and len(v) != 2 for v in values):
+        raise ValueError(f"{what} must be an int >= {least}, or one for each of {dim} axes, got {value!r}")
+    return values
+
+
+def _check_field(what, x, group, components):
+    if x.ndim != group.dim + 3 or x.shape[-1] != components:
+        raise ValueError(f"{what} of {group!r} takes [batch, *space, channels, {components}] with {group.dim} axes of space, "
+                         f"got shape {x.shape}")

@@ -1,0 +1,307 @@
+"""Representations: how the values of a field mix when a group acts on it.
+
+A field of type ρ is an array [batch, *space, channels, d] on which the group acts by [A·F](x) = ρ(A) F(A^{-1}x): the array
+is turned and the last axis multiplied by ρ(A), a d×d matrix with ρ(AB) = ρ(A) ρ(B). A grey image is a field of the trivial
+representation, a velocity one of the standard representation, and the features of a group convolution are fields of the
+regular one.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from pdo_jax.groups import Group
+
+_CLOSE = 1e-6  # how far a representation may be from a homomorphism, entry by entry, relative to its largest entry
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Representation:
+    """A real representation of a finite group, checked to be one: ρ(1) = 1 and ρ(AB) = ρ(A) ρ(B).
+
+    Attributes:
+      name: a label for messages; two representations are equal if their groups and matrices are.
+      group: the group.
+      matrices: [order, d, d] float64, ρ(A) in the order of ``group.elements``.
+
+    Raises:
+      ValueError: matrices of another shape, complex, not finite, or that do not multiply like the group's elements.
+
+    >>> from pdo_jax import groups
+    >>> Representation("sign", groups.cyclic(4), [[[1]], [[-1]], [[1]], [[-1]]])
+    Representation(sign of Group(p4, order=4, dim=2), dim=1)
+    """
+
+    name: str
+    group: Group
+    matrices: np.ndarray
+
+    def __post_init__(self):
+        object.__setattr__(self, "matrices", _checked(self.name, self.group, self.matrices))
+        self.matrices.setflags(write=False)
+
+    @property
+    def dim(self) -> int:
+        return self.matrices.shape[1]
+
+    @functools.cached_property
+    def is_permutation(self) -> bool:
+        """Whether every ρ(A) permutes the axis; only then does a nonlinearity on single values commute with the group."""
+        return permutes(self.matrices)
+
+    @functools.cached_property
+    def is_orthogonal(self) -> bool:
+        """Whether every ρ(A) keeps lengths."""
+        return bool(np.allclose(self.matrices @ np.swapaxes(self.matrices, 1, 2), np.eye(self.dim), atol=_CLOSE))
+
+    @functools.cached_property
+    def blocks(self) -> tuple[np.ndarray, ...]:
+        """The finest split of the axis, as index arrays, such that ρ mixes nothing between them: the parts of a direct sum."""
+        linked = (np.abs(self.matrices) > _CLOSE).any(0)
+        linked |= linked.T
+        for _ in range(self.dim.bit_length()):  # paths of length 2, 4, 8, …
+            linked = linked.astype(float) @ linked > 0
+        first = linked.argmax(1)
+        return tuple(np.flatnonzero(first == k) for k in np.unique(first))
+
+    def __eq__(self, other):
+        return (isinstance(other, Representation) and self.group == other.group
+                and self.matrices.shape == other.matrices.shape
+                and bool(np.allclose(self.matrices, other.matrices, atol=1e-9)))
+
+    def __hash__(self):
+        return hash((self.group, self.dim))
+
+    def __repr__(self):
+        return f"Representation({self.name} of {self.group!r}, dim={self.dim})"
+
+
+def trivial(group: Group) -> Representation:
+    """Values that do not change: ρ(A) = 1."""
+    return Representation("trivial", group, np.ones((group.order, 1, 1)))
+
+
+def determinant(group: Group) -> Representation:
+    """Pseudoscalars, which change sign under reflections: ρ(A) = det A."""
+    return Representation("determinant", group, np.sign(np.linalg.det(group.elements))[:, None, None])
+
+
+def standard(group: Group) -> Representation:
+    """Vectors: ρ(A) = A."""
+    return Representation("standard", group, group.elements)
+
+
+def regular(group: Group) -> Representation:
+    """Functions on the group, (ρ(R) F)(A) = F(R^{-1}A): the action of :func:`pdo_jax.groups.act`."""
+    return dataclasses.replace(quotient(group, [0]), name="regular")
+
+
+def quotient(group: Group, subgroup) -> Representation:
+    """Functions on the cosets AH of a subgroup H, (ρ(R) F)(AH) = F(R^{-1}AH).
+
+    Args:
+      subgroup: a :class:`Group` whose elements are in ``group``, or the indices of H in ``group.elements``.
+
+    Raises:
+      ValueError: the elements are not in the group, or are not closed under its multiplication.
+
+    >>> from pdo_jax import groups
+    >>> quotient(groups.octahedral(), groups.tetrahedral()).dim
+    2
+    """
+    members = _members(group, subgroup)
+    if not members.size or not np.isin(group.table[np.ix_(members, members)], members).all():
+        raise ValueError(f"quotient needs a subgroup of {group!r}, got elements that are not closed under its "
+                         f"multiplication: {members.tolist()}")
+    representatives, coset = np.unique(group.table[:, members].min(1), return_inverse=True)
+    images = coset[group.table[:, representatives]]  # [R, AH] -> RAH
+    matrices = np.swapaxes(np.eye(len(representatives))[images], 1, 2)
+    return Representation(f"quotient by {len(members)} elements", group, matrices)
+
+
+def direct_sum(representations) -> Representation:
+    """Several fields side by side: ρ = ρ_1 ⊕ ρ_2 ⊕ …, block diagonal. Raises ValueError if their groups differ."""
+    representations = list(representations)
+    if not representations:
+        raise ValueError("direct_sum needs at least one representation, got none")
+    group = representations[0].group
+    for other in representations:
+        if other.group != group:
+            raise ValueError(f"direct_sum needs representations of one group, got {representations[0]!r} and {other!r}")
+    ends = np.cumsum([r.dim for r in representations])
+    matrices = np.zeros((group.order, ends[-1], ends[-1]))
+    for end, r in zip(ends, representations, strict=True):
+        matrices[:, end - r.dim:end, end - r.dim:end] = r.matrices
+    return Representation(" + ".join(r.name for r in representations), group, matrices)
+
+
+@functools.lru_cache(maxsize=64)
+def irreps(group: Group) -> tuple[Representation, ...]:
+    """All irreducible real representations, orthogonal, each once, by dimension, the trivial one first.
+
+    The matrices that commute with the regular representation are c(A^{-1}B); a random symmetric one has irreducible
+    eigenspaces, and every irreducible representation is among them. It is checked that each is irreducible
+    (mean χ(A)² + mean χ(A²) = 2; Serre, Linear Representations of Finite Groups, §13.2) and that none is missing
+    (Σ d² / mean χ² = order, where mean χ² is 1, 2 or 4 for the real, complex and quaternionic type).
+
+    >>> from pdo_jax import groups
+    >>> [r.dim for r in irreps(groups.icosahedral())]
+    [1, 3, 3, 4, 5]
+    >>> [r.dim for r in irreps(groups.cyclic(4))]
+    [1, 1, 2]
+    """
+    relative = group.table[group.inverse]  # A^{-1} B
+    coefficients = np.random.default_rng(0).normal(size=group.order)
+    values, vectors = np.linalg.eigh((coefficients + coefficients[group.inverse])[relative])
+    found = {}
+    for space in np.split(vectors, np.flatnonzero(np.diff(values) > 1e-8 * np.abs(values).max()) + 1, axis=1):
+        projector = space @ space.T
+        character = projector[np.arange(group.order), relative].sum(1)
+        found.setdefault((space.shape[1], *(-np.round(character, 6))), (character, projector))
+    total, result = 0.0, []
+    for _, (character, projector) in sorted(found.items()):
+        commutant = np.mean(character ** 2)
+        if abs(commutant + np.mean(character[group.table.diagonal()]) - 2) > 1e-6:
+            raise ArithmeticError(f"the decomposition of {group!r} has a reducible part of dimension {character[0]:.0f}")
+        total += character[0] ** 2 / commutant
+        basis = orthonormal_range(projector, round(character[0]))
+        matrices = _cleaned(np.einsum("ad,gae->gde", basis, basis[relative], optimize=True))
+        result.append(Representation(f"irrep {len(result)}", group, matrices))
+    if abs(total - group.order) > 1e-6:
+        raise ArithmeticError(f"the irreducible representations of {group!r} add up to {total}, not to its order")
+    return tuple(result)
+
+
+def band_limited(group: Group, frequency: int, order: int = 4) -> Representation:
+    """Fields of the continuous groups SO(2) and O(2): their irreducible representations up to a frequency, once each.
+
+    SO(2): the trivial one and the rotations by k t, k = 1 … frequency; O(2): also the determinant. An operator between two
+    such fields is a sum of terms that turn with at most 2·frequency + order times the angle, so that what commutes with
+    more rotations than that commutes with all: the operators found for cyclic(n) are those of SO(2), and the ones for
+    dihedral(n) those of O(2), at every angle, exactly.
+
+    Args:
+      group: cyclic(n) or dihedral(n), n > 2·frequency + order.
+      frequency: the band limit.
+      order: the highest order of operators that will act on the field.
+
+    Raises:
+      ValueError: the group is not one of the plane, or has too few rotations.
+    """
+    if group.dim != 2:
+        raise ValueError(f"band_limited needs a group of the plane, cyclic(n) or dihedral(n), got {group!r}")
+    if frequency < 0 or order < 0:
+        raise ValueError(f"band_limited needs frequency >= 0 and order >= 0, got frequency={frequency}, order={order}")
+    sign, angle = np.linalg.det(group.elements), np.arctan2(group.elements[:, 1, 0], group.elements[:, 0, 0])
+    rotations = int((sign > 0).sum())
+    if rotations <= 2 * frequency + order:
+        raise ValueError(f"fields up to frequency {frequency} and operators up to order {order} need more than "
+                         f"{2 * frequency + order} rotations, got {rotations} in {group!r}: take a larger n")
+    parts = [trivial(group)] + ([determinant(group)] if (sign < 0).any() else [])
+    for k in range(1, frequency + 1):
+        c, s = np.cos(k * angle), np.sin(k * angle)
+        parts.append(Representation(f"frequency {k}", group, np.array([[c, -s * sign], [s, c * sign]]).transpose(2, 0, 1)))
+    return direct_sum(parts)
+
+
+def restrict(representation: Representation, subgroup: Group) -> Representation:
+    """The representation of a subgroup on the same values; a network may go on with fewer symmetries from here.
+
+    Raises:
+      ValueError: an element of ``subgroup`` is not in the representation's group.
+    """
+    members = _members(representation.group, subgroup)
+    return Representation(f"{representation.name} of {representation.group.name}", subgroup, representation.matrices[members])
+
+
+def restrict_regular(x, group: Group, subgroup: Group):
+    """A regular field of a group as regular fields of a subgroup H: F_k(h) = F(h a_k) on the cosets H a_k.
+
+    Args:
+      x: [..., channels, order].
+
+    Returns:
+      [..., channels · order / |H|, |H|].
+
+    Raises:
+      ValueError: ``subgroup`` is not inside ``group``, or the last axis is not its order.
+    """
+    if x.ndim < 2 or x.shape[-1] != group.order:
+        raise ValueError(f"restrict_regular takes a field [..., channels, {group.order}] of {group!r}, got shape {x.shape}")
+    members = _members(group, subgroup)
+    cosets = group.table[members]  # [h, a] -> h a
+    order = cosets[:, np.unique(cosets.min(0))].T
+    return x[..., order].reshape(*x.shape[:-2], -1, len(members))
+
+
+def orthonormal_range(vectors: np.ndarray, rank: int) -> np.ndarray:
+    """An orthonormal basis [m, rank] of the span of columns [m, n], by Gram-Schmidt on the first ones that are not small.
+
+    Given a projector, the basis lies near the first axes, and to rounding it is the same on every machine.
+    """
+    basis = np.zeros((len(vectors), rank))
+    rest = (vectors ** 2).sum(0)  # squared norms of what the basis leaves of each column
+    for k in range(rank):
+        pivot = int((rest > 0.137 * rest.max()).argmax())  # a ratio that symmetry does not bring about
+        column = vectors[:, pivot]
+        for _ in range(2):
+            column = column - basis @ (basis.T @ column)
+        basis[:, k] = column / np.linalg.norm(column)
+        rest -= (basis[:, k] @ vectors) ** 2
+    return basis
+
+
+def permutes(matrices: np.ndarray) -> bool:
+    """Whether the matrices of a representation, [order, d, d], or of one block of it, only permute their axis."""
+    return bool((np.minimum(np.abs(matrices), np.abs(matrices - 1)) < _CLOSE).all())
+
+
+def _members(group, subgroup):
+    """Indices in ``group`` of a subgroup's elements."""
+    if isinstance(subgroup, Group):
+        if subgroup.dim != group.dim:
+            raise ValueError(f"{subgroup!r} is no subgroup of {group!r}: the dimensions differ")
+        try:
+            return np.array([group.index(a) for a in subgroup.elements])
+        except ValueError as error:
+            raise ValueError(f"{subgroup!r} is no subgroup of {group!r}: {error}") from error
+    members = np.unique(np.asarray(subgroup))
+    if members.ndim != 1 or (members.size and (members.dtype.kind not in "iu" or members[0] < 0 or members[-1] >= group.order)):
+        raise ValueError(f"expected a Group or indices from 0 to {group.order - 1} of elements of {group!r}, got {subgroup!r}")
+    return members
+
+
+def _checked(name, group, matrices):
+    """A float64 copy of the matrices of a homomorphism; ValueError for anything else."""
+    try:
+        if np.iscomplexobj(matrices):
+            raise TypeError("complex")
+        m = np.array(matrices, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"representation {name!r} of {group!r} needs real matrices [{group.order}, d, d], got "
+                         f"{matrices!r}") from error
+    if m.ndim != 3 or m.shape[0] != group.order or m.shape[1] != m.shape[2] or m.shape[1] < 1:
+        raise ValueError(f"representation {name!r} of {group!r} needs matrices [{group.order}, d, d], got shape {m.shape}")
+    if not np.isfinite(m).all():
+        raise ValueError(f"representation {name!r} of {group!r} has matrices that are not finite")
+    vectors = np.random.default_rng(0).normal(size=(m.shape[1], 2))  # ρ(A) (ρ(B) v) = ρ(AB) v for random v, all A and B
+    once = m @ vectors
+    error = np.empty((group.order, group.order))
+    for a in range(group.order):
+        error[a] = np.abs(m[a] @ once - once[group.table[a]]).max((1, 2))
+    allowed = _CLOSE * max(1.0, np.abs(m).max()) * m.shape[1]
+    if np.abs(m[0] - np.eye(m.shape[1])).max() > allowed:
+        raise ValueError(f"representation {name!r} of {group!r} gives the identity the matrix {m[0].tolist()}, expected the "
+                         f"identity matrix")
+    if error.max() > allowed:
+        a, b = np.unravel_index(error.argmax(), error.shape)
+        ab = group.table[a, b]
+        raise ValueError(f"representation {name!r} of {group!r} is no homomorphism: matrices[{a}] @ matrices[{b}] differs from "
+                         f"matrices[{ab}], though element {a} times element {b} is element {ab}, by {error.max():.1e}")
+    return m
+
+
+def _cleaned(m):
+    """Entries within rounding of a whole number become whole."""
+    return np.where(np.abs(m - np.round(m)) < 1e-12, np.round(m), m) + 0.0

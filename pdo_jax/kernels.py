@@ -1,0 +1,159 @@
+"""From parameters to equivariant layers: the operator bank of a group, and the coefficients of its layers.
+
+An orbit layer learns base polynomials p = Σ_j w_j q_j(∇) and turns them by the group S:
+
+    lifting            (Ψf)(x, A) = p(A^{-1}∇) f (x)
+    group convolution  (ΦF)(x, A) = Σ_{C ∈ S} p_{A^{-1}C}(A^{-1}∇) F(·, C) (x),
+
+one polynomial for every relative element A^{-1}C (Shen, He, Lin, Ma, ICML 2020, Eqs. 8 and 12, restated over the input
+element C). An extra frame F turns the base polynomials before the group acts: A is replaced by AF in p(A^{-1}∇).
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pdo_jax import operators, stencils
+from pdo_jax.groups import Group
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bank:
+    """The turned operators of a layer and their stencils; made by :func:`bank`.
+
+    Attributes:
+      indices: the multi-indices of all operators that the turned ones need, n of them.
+      stencils: [n, k, …, k] float64.
+      turned: [order, parameters, n] float64; row j of ``turned[a]`` holds the coefficients of q_j(A^{-1}∇).
+      square: [order] Σ over parameters and pixels of the squared kernels, of each orientation.
+      constant: [order] Σ over parameters of the squared response to a constant 1, of each orientation.
+    """
+
+    indices: tuple[operators.MultiIndex, ...]
+    stencils: np.ndarray
+    turned: np.ndarray
+    square: np.ndarray
+    constant: np.ndarray
+
+    def energy(self, rectified: bool = True) -> np.ndarray:
+        """[order] mean square response to noise of mean square 1, for standard-normal parameters and each orientation.
+
+        Noise that went through a ReLU has the second moments E[x x^T] = (1 - 1/π) 1 + (1/π) 11^T; else it is white.
+        """
+        share = rectified / math.pi
+        return (1 - share) * self.square + share * self.constant
+
+    def scale(self, fan_in: int, rectified: bool = True) -> float:
+        """The standard deviation of normal parameters under which a response to noise of variance 1 has variance 1.
+
+        A rectified input has lost half its mean square (He et al. 2015): sqrt(2 / (fan_in · mean energy)).
+        """
+        return math.sqrt((2 if rectified else 1) / (fan_in * self.energy(rectified).mean()))
+
+
+def bank(group: Group, kernel_size: int = 5, basis="paper", scheme=stencils.central_difference, frame=0.0) -> Bank:
+    """The operator bank of a group.
+
+    Where the base operators span all kernels of a smaller box (the paper's nine: 3×3), the parameters w are those pixels,
+    c = w S^{-1}, as in the reference implementation. Elsewhere c = w G^{-1/2}, where G is the Gram matrix of the stencils
+    of the base operators, averaged over the group: then |w| is the mean norm of the kernels.
+
+    At initialisation (:meth:`Bank.scale`) activations keep their variance, on average over orientations. A single
+    orientation departs from it where the base operators are not closed under the group: ``energy()`` of the paper's nine
+    spreads (largest over smallest) by 1.00 for p4 and for p8 with frame π/8, 1.48 for p6 and p12, 1.80 for p8. For all
+    operators up to an order it is the same for every orientation.
+
+    Args:
+      group: the group S.
+      kernel_size: odd number of points along each axis.
+      basis: "paper" (at most 2 derivatives along an axis, kernel_size - 1 in all) or an int (all operators up to it).
+      scheme: the discretisation, a function of pdo_jax.stencils or one like them.
+      frame: an angle in radians (in the plane) or an orthogonal matrix.
+
+    Raises:
+      ValueError: an even or too small size, an unknown basis, a frame that does not fit the group's dimension.
+    """
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be an odd positive int, got {kernel_size!r}")
+    if basis != "paper" and (isinstance(basis, bool) or not isinstance(basis, int) or basis < 0):
+        raise ValueError(f'basis must be "paper" or an int >= 0 (all operators up to that order), got {basis!r}')
+    return _bank(group, kernel_size, basis, scheme, tuple(map(tuple, frame_matrix(frame, group.dim).tolist())))
+
+
+def frame_matrix(frame, dim: int) -> np.ndarray:
+    """The frame as a dim×dim matrix: an angle t stands for the rotation that turns axis 0 towards axis 1 by t radians."""
+    frame = np.asarray(frame, np.float64)
+    if frame.ndim == 0:
+        if not np.isfinite(frame):
+            raise ValueError(f"frame must be finite, got {frame}")
+        if frame == 0:
+            return np.eye(dim)
+        if dim != 2:
+            raise ValueError(f"a frame in radians turns the plane; for dimension {dim} give an orthogonal matrix, got {frame}")
+        c, s = math.cos(frame), math.sin(frame)
+        return np.array([[c, -s], [s, c]])
+    if frame.shape != (dim, dim) or not np.allclose(frame @ frame.T, np.eye(dim), atol=1e-6):
+        raise ValueError(f"frame must be an angle or an orthogonal {dim}×{dim} matrix, got {frame.tolist()}")
+    return frame
+
+
+@functools.lru_cache(maxsize=128)
+def _bank(group, kernel_size, basis, scheme, frame):
+    dim = group.dim
+    base = operators.paper_basis(dim, kernel_size) if basis == "paper" else operators.multi_indices(dim, basis)
+    order = max(map(sum, base))
+    indices = operators.multi_indices(dim, order)
+    grids = stencils.bank(indices, kernel_size, scheme)
+    rows = [indices.index(a) for a in base]
+    action = operators.action(group.elements @ np.array(frame), order)[:, rows]  # [order, base, n]
+    turned = _coordinates(grids[rows], action @ grids.reshape(len(indices), -1)) @ action
+    kernels = turned @ grids.reshape(len(indices), -1)  # [order, parameters, pixels]
+    return Bank(indices, grids, turned, (kernels**2).sum((1, 2)), (kernels.sum(2) ** 2).sum(1))
+
+
+def _coordinates(grids, turned):
+    """[parameters, base operators]: the coefficients of the base polynomial for each parameter."""
+    box = np.argwhere(np.abs(grids).max(0) > 1e-12)
+    pixels = grids[(slice(None), *map(slice, box.min(0), box.max(0) + 1))].reshape(len(grids), -1)
+    gram = np.mean(turned @ turned.swapaxes(1, 2), 0)
+    values, vectors = np.linalg.eigh(gram)
+    if values[0] < 1e-12 * values[-1]:
+        raise ValueError(f"the {len(grids)} stencils are linearly dependent on {grids.shape[1:]} points: use a larger kernel_size "
+                         "or a lower order")
+    if pixels.shape[0] == pixels.shape[1]:
+        return np.linalg.inv(pixels)
+    return vectors / np.sqrt(values) @ vectors.T
+
+
+def lifting_coefficients(w, bank: Bank):
+    """[parameters, channels, 1, features] -> [n, channels, 1, features, order]."""
+    return jnp.einsum("picf,apn->nicfa", w, jnp.asarray(bank.turned, w.dtype))
+
+
+def group_coefficients(w, bank: Bank, group: Group):
+    """[parameters, channels, order, features] -> [n, channels, order, features, order].
+
+    Axis 2 of the parameters is the relative element A^{-1}C; that of the result is C, and the last is A.
+    """
+    turned = jnp.einsum("picf,apn->nifac", w, jnp.asarray(bank.turned, w.dtype))  # c is the relative element
+    shape = turned.shape
+    flat = _relative(turned.reshape(*shape[:3], -1), group)
+    return flat.reshape(shape).transpose(0, 1, 4, 2, 3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _relative(x, group):
+    """x[…, (A, B)] -> y[…, (A, C)] = x[…, (A, A^{-1}C)]. A permutation, and so is its transpose: no scatter."""
+    return jnp.take(x, _flat(group.table[group.inverse]), axis=-1, unique_indices=True)
+
+
+def _flat(table):
+    return (np.arange(len(table))[:, None] * len(table) + table).reshape(-1)
+
+
+_relative.defvjp(lambda x, group: (_relative(x, group), None),
+                 lambda group, _, g: (jnp.take(g, _flat(group.table), axis=-1, unique_indices=True),))

@@ -1,0 +1,182 @@
+"""Layers between the convolutions: normalisation, dropout and pooling of fields [batch, *space, channels, group]."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from pdo_jax.lowering import keep_layout
+
+
+class GroupBatchNorm(nn.Module):
+    """Batch normalisation with one mean, variance, scale and bias per channel, shared over batch, space and group.
+
+    y = scale · (x - mean) / sqrt(variance + epsilon) + bias; sharing over the group makes it equivariant. Under ``jax.jit`` on
+    a sharded batch the statistics are those of the whole batch; under ``jax.pmap`` give ``axis_name``.
+
+    Attributes:
+      momentum: of the running averages, kept in the collection "batch_stats".
+      epsilon: added to the variance.
+      axis_name: a mapped axis over which to average the statistics.
+      dtype: of the result, by default that of the input; statistics are float32.
+
+    Shapes: [batch, *space, channels, group] -> the same.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        channels = x.shape[-2]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        dtype = self.dtype or x.dtype
+        if not train:
+            factor = scale * jax.lax.rsqrt(var.value + self.epsilon)
+            return (x.astype(jnp.float32) * factor[:, None] + (bias - mean.value * factor)[:, None]).astype(dtype)
+        axis_name = None if self.is_initializing() else self.axis_name
+        y, batch_mean, batch_var = _batch_norm(keep_layout(x), scale, bias, self.epsilon, axis_name, jnp.dtype(dtype))
+        if not self.is_initializing():
+            mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
+            var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
+        return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _batch_norm(x, scale, bias, epsilon, axis_name, dtype):
+    """(y, mean, variance); derived by hand, since two passes over x are all that it needs in either direction."""
+    return _batch_norm_forward(x, scale, bias, epsilon, axis_name, dtype)[0]
+
+
+def _batch_norm_forward(x, scale, bias, epsilon, axis_name, dtype):
+    axes = (*range(x.ndim - 2), x.ndim - 1)
+    wide = x.astype(jnp.float32)
+    mean, square = wide.mean(axes), (wide * wide).mean(axes)
+    if axis_name is not None:
+        mean, square = jax.lax.pmean((mean, square), axis_name)
+    var = jnp.maximum(square - mean * mean, 0)
+    inverse = jax.lax.rsqrt(var + epsilon)
+    factor = scale * inverse
+    y = keep_layout((wide * factor[:, None] + (bias - mean * factor)[:, None]).astype(dtype))
+    return (y, mean, var), (x, scale, mean, inverse)
+
+
+def _batch_norm_backward(epsilon, axis_name, dtype, residuals, cotangents):
+    x, scale, mean, inverse = residuals
+    axes = (*range(x.ndim - 2), x.ndim - 1)
+    wide, dy = keep_layout(x).astype(jnp.float32), keep_layout(cotangents[0]).astype(jnp.float32)
+    dbias = dy.sum(axes)
+    dscale = ((dy * wide).sum(axes) - mean * dbias) * inverse
+    m_bias, m_scale, count = dbias, dscale, x.size // x.shape[-2]
+    if axis_name is not None:
+        m_bias, m_scale = jax.lax.pmean((dbias, dscale), axis_name)
+    slope = scale * inverse * inverse * m_scale / count
+    constant = scale * inverse * m_bias / count - slope * mean
+    dx = (scale * inverse)[:, None] * dy - slope[:, None] * wide - constant[:, None]
+    return keep_layout(dx.astype(x.dtype)), dscale, dbias
+
+
+_batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+
+
+class GroupDropout(nn.Module):
+    """Dropout whose mask is shared over the group axis, and over space too if it drops whole ``channels``.
+
+    Attributes:
+      rate: the probability to drop, 0 <= rate < 1. channels: drop whole channels, not single points.
+
+    Shapes: [batch, *space, channels, group] -> the same. Needs the random stream "dropout" when training.
+    """
+
+    rate: float
+    channels: bool = False
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"the rate of GroupDropout must lie in [0, 1), got {self.rate}")
+        space = range(1, x.ndim - 2) if self.channels else ()
+        return keep_layout(nn.Dropout(self.rate, broadcast_dims=(*space, x.ndim - 1))(keep_layout(x), deterministic=not train))
+
+
+def max_pool(x, window: int = 2, strides: int | None = None):
+    """Maximum over windows of space, aligned so that every transformation that maps the grid to itself is kept exactly.
+
+    Windows must tile the axis symmetrically: where (size - window) is no multiple of the stride, the window grows by the
+    remainder (2 becomes 3 on an odd axis). An even axis gives size / 2 outputs, an odd one (size - 1) / 2.
+
+    Args:
+      x: [batch, *space, channels, group].
+      window: points along each axis.
+      strides: by default the window.
+
+    Raises:
+      ValueError: a window larger than an axis.
+    """
+    return functools.reduce(jnp.maximum, _windows(x, window, strides))
+
+
+def mean_pool(x, window: int = 2, strides: int | None = None):
+    """Mean over windows of space; arguments and alignment as for :func:`max_pool`."""
+    views = _windows(x, window, strides)
+    return functools.reduce(jnp.add, views) / len(views)
+
+
+def blur_pool(x):
+    """Halves the resolution behind a binomial blur (Zhang, ICML 2019), which damps what the coarser grid cannot carry.
+
+    The blur is [1 3 3 1] / 8 on even axes and [1 2 1] / 4 on odd ones, so that it stays symmetric; the weights are divided by
+    their sum inside the array, so that constants stay.
+
+    Args:
+      x: [batch, *space, channels, group].
+
+    Returns:
+      [batch, *ceil(space / 2), channels, group].
+    """
+    for axis in range(1, x.ndim - 2):
+        size = x.shape[axis]
+        taps = np.array([1, 3, 3, 1] if size % 2 == 0 else [1, 2, 1])
+        inside = np.convolve(np.ones(size), taps)[len(taps) - 2:][: size:2][: -(-size // 2)]
+        x = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)])
+        views = [jax.lax.slice_in_dim(x, k, k + 2 * (len(inside) - 1) + 1, 2, axis) * int(t) for k, t in enumerate(taps)]
+        shape = [-1 if i == axis else 1 for i in range(x.ndim)]
+        x = functools.reduce(jnp.add, views) / jnp.asarray(inside.reshape(shape), x.dtype)
+    return x
+
+
+def group_pool(x, reduce: str = "mean"):
+    """Mean or maximum over the group: a regular field becomes a scalar one, [batch, *space, channels].
+
+    Raises:
+      ValueError: ``reduce`` is neither "mean" nor "max".
+    """
+    if reduce not in ("mean", "max"):
+        raise ValueError(f'reduce must be "mean" or "max", got {reduce!r}')
+    return x.mean(-1) if reduce == "mean" else x.max(-1)
+
+
+def _windows(x, window, strides):
+    """The strided views of x whose k-th entries are the points of window k."""
+    strides = window if strides is None else strides
+    if window < 1 or strides < 1:
+        raise ValueError(f"window and strides must be positive, got {window} and {strides}")
+    space = x.shape[1:-2]
+    if min(space) < window:
+        raise ValueError(f"a pooling window of {window} does not fit a field of shape {x.shape}")
+    reach = [window + (size - window) % strides for size in space]
+    views = []
+    for offset in itertools.product(*map(range, reach)):
+        start = (0, *offset, 0, 0)
+        stop = (len(x), *(size - r + o + 1 for size, r, o in zip(space, reach, offset, strict=True)), *x.shape[-2:])
+        views.append(jax.lax.slice(x, start, stop, (1, *[strides] * len(space), 1, 1)))
+    return views

