@@ -72,8 +72,8 @@ def report(result: Mapping, workdir: Path):
     print(f"data: {result['dataset']} ({result['dataset_note']}); {result['parameters']} parameters")
     print(f"test error: {result['test_error']:.2%} of {result['images']['test']} images, after the last epoch")
     if errors := result.get("equivariance_error"):
-        print("equivariance error of the trained network's logits, for each group element:")
-        print("  " + "  ".join(f"{error:.1e}" for error in errors))
+        print("equivariance error: how far each turn of the images moves the trained network's logits, relatively:")
+        print("  " + "  ".join(f"{name}: {error:.1e}" for name, error in errors.items()))
     print("figures: " + "  ".join(result["figures"]))
     print(f"all of the run: {workdir}/ (result.json, metrics.jsonl, tensorboard/, checkpoints/)")
 

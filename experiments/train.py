@@ -188,9 +188,8 @@ def epoch_program(config: Config, model: Model, split: datasets.Split, mesh: Mes
     images, labels = place(mesh, split)
     scan = config.scan
     if scan == "auto":
-        scan = jax.default_backend() != "cpu" or not uses_convolution(
-            step, mesh, state, images, labels, config.batch_size
-        )
+        rows = np.zeros(config.batch_size, np.int32)
+        scan = jax.default_backend() != "cpu" or not uses_convolution(step, mesh, state, images, labels, rows)
     run = repeated(step, scan, config.parallel, mesh)
     weight_norm = jax.jit(optax.tree.norm)
 
@@ -205,9 +204,8 @@ def epoch_program(config: Config, model: Model, split: datasets.Split, mesh: Mes
     return train_epoch, scan
 
 
-def uses_convolution(step: Callable, mesh: Mesh, state: State, images, labels, batch_size: int) -> bool:
-    rows = np.zeros(batch_size, np.int32)
-    return "conv_general_dilated" in str(mapped(step, "jit", mesh).trace(state, images, labels, rows).jaxpr)
+def uses_convolution(step: Callable, mesh: Mesh, *arguments) -> bool:
+    return "conv_general_dilated" in str(mapped(step, "jit", mesh).trace(*arguments).jaxpr)
 
 
 def evaluation_program(config: Config, model: Model, num_classes: int, mesh: Mesh) -> Callable:
@@ -263,7 +261,7 @@ def repeated(function: Callable, scan: bool, parallel: str, mesh: Mesh) -> Calla
 
 
 def mapped(function: Callable, parallel: str, mesh: Mesh, donate: bool = True) -> Callable:
-    """`function` compiled for all devices: arguments and results are the same on each; the first argument is donated."""
+    """`function` compiled for all devices, with equal arguments and results on each; the first argument is donated."""
     if parallel == "jit":
         same = PartitionSpec()
         everywhere = jax.shard_map(function, mesh=mesh, in_specs=same, out_specs=same, check_vma=False)
@@ -345,10 +343,19 @@ def error_rate(confusion: np.ndarray) -> float:
     return 1 - float(np.trace(confusion)) / int(confusion.sum())
 
 
-def equivariance_error(model: Model, variables, images) -> list[float] | None:
+def equivariance_error(model: Model, variables, images) -> dict[str, float] | None:
     """For a network of a group: how far its logits move, relatively, when each group element turns the images."""
     group = getattr(model.network, "group", None)
     if group is None:
         return None
     logits = jax.jit(lambda x: model.logits(variables, x, train=False))
-    return pdo.equivariance.error(logits, jnp.asarray(images), group).tolist()
+    errors = pdo.equivariance.error(logits, jnp.asarray(images), group).tolist()
+    return dict(zip(map(element_name, group.elements), errors, strict=True))
+
+
+def element_name(matrix: np.ndarray) -> str:
+    """In the plane "turn 45", in degrees, or "mirror 45" where axis 1 is mirrored first; elsewhere the matrix."""
+    if matrix.shape != (2, 2):
+        return str(np.round(matrix, 2).tolist())
+    angle = round(math.degrees(math.atan2(matrix[1, 0], matrix[0, 0]))) % 360
+    return f"{'turn' if np.linalg.det(matrix) > 0 else 'mirror'} {angle}"

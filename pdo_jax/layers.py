@@ -58,22 +58,22 @@ def _batch_norm(x, scale, bias, epsilon, axis_name, dtype):
 
 
 def _batch_norm_forward(x, scale, bias, epsilon, axis_name, dtype):
-    axes = (*range(x.ndim - 2), x.ndim - 1)
-    wide = x.astype(jnp.float32)
+    view, restore, axes = _by_channel(x)
+    wide = view(x)
     mean, square = wide.mean(axes), (wide * wide).mean(axes)
     if axis_name is not None:
         mean, square = jax.lax.pmean((mean, square), axis_name)
     var = jnp.maximum(square - mean * mean, 0)
     inverse = jax.lax.rsqrt(var + epsilon)
     factor = scale * inverse
-    y = keep_layout((wide * factor[:, None] + (bias - mean * factor)[:, None]).astype(dtype))
+    y = restore((wide * factor[:, None] + (bias - mean * factor)[:, None]).astype(dtype))
     return (y, mean, var), (x, scale, mean, inverse)
 
 
 def _batch_norm_backward(epsilon, axis_name, dtype, residuals, cotangents):
     x, scale, mean, inverse = residuals
-    axes = (*range(x.ndim - 2), x.ndim - 1)
-    wide, dy = keep_layout(x).astype(jnp.float32), keep_layout(cotangents[0]).astype(jnp.float32)
+    view, restore, axes = _by_channel(x)
+    wide, dy = view(x), view(cotangents[0])
     dbias = dy.sum(axes)
     dscale = ((dy * wide).sum(axes) - mean * dbias) * inverse
     m_bias, m_scale, count = dbias, dscale, x.size // x.shape[-2]
@@ -82,7 +82,19 @@ def _batch_norm_backward(epsilon, axis_name, dtype, residuals, cotangents):
     slope = scale * inverse * inverse * m_scale / count
     constant = scale * inverse * m_bias / count - slope * mean
     dx = (scale * inverse)[:, None] * dy - slope[:, None] * wide - constant[:, None]
-    return keep_layout(dx.astype(x.dtype)), dscale, dbias
+    return restore(dx.astype(x.dtype)), dscale, dbias
+
+
+def _by_channel(x):
+    """A float32 view of arrays like x with channels before the last axis, its inverse, and the axes of statistics.
+
+    On a CPU the view is [channels, all else], contiguous in the layout that ``keep_layout`` holds; elsewhere it is x."""
+    if jax.default_backend() != "cpu":
+        return lambda a: a.astype(jnp.float32), lambda a: a, (*range(x.ndim - 2), x.ndim - 1)
+    order = (x.ndim - 2, x.ndim - 1, *range(1, x.ndim - 2), 0)
+    shape = [x.shape[i] for i in order]
+    return (lambda a: keep_layout(a).transpose(order).reshape(shape[0], -1).astype(jnp.float32),
+            lambda a: keep_layout(a.reshape(shape).transpose(np.argsort(order))), (1,))
 
 
 _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
@@ -104,8 +116,14 @@ class GroupDropout(nn.Module):
     def __call__(self, x, train: bool):
         if not 0 <= self.rate < 1:
             raise ValueError(f"the rate of GroupDropout must lie in [0, 1), got {self.rate}")
-        space = range(1, x.ndim - 2) if self.channels else ()
-        return keep_layout(nn.Dropout(self.rate, broadcast_dims=(*space, x.ndim - 1))(keep_layout(x), deterministic=not train))
+        if not train or self.rate == 0:
+            return x
+        batch, *space, channels, _ = x.shape
+        space = [1] * len(space) if self.channels else space
+        keep = round((1 - self.rate) * 2**16)  # the rate to 16 bits; the mask is made in the layout of keep_layout
+        mask = jax.random.bits(self.make_rng("dropout"), (channels, 1, *space, batch), jnp.uint16) < keep
+        mask = keep_layout(mask.transpose(mask.ndim - 1, *range(2, mask.ndim - 1), 0, 1))
+        return jnp.where(mask, keep_layout(x) * np.float32(2**16 / keep).astype(x.dtype), 0)
 
 
 def max_pool(x, window: int = 2, strides: int | None = None):
@@ -122,7 +140,33 @@ def max_pool(x, window: int = 2, strides: int | None = None):
     Raises:
       ValueError: a window larger than an axis.
     """
+    return _max_pool(x, window, strides)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _max_pool(x, window, strides):
     return functools.reduce(jnp.maximum, _windows(x, window, strides))
+
+
+def _max_pool_forward(x, window, strides):
+    y = _max_pool(x, window, strides)
+    return y, (x, y)
+
+
+def _max_pool_backward(window, strides, residuals, dy):
+    """Equal shares to all points of a window that attain the maximum, so that the gradient is equivariant at ties too."""
+    x, y = residuals
+    views, back = jax.vjp(lambda x: _windows(x, window, strides), x)
+    hits = [v == y for v in views]
+    share = dy / functools.reduce(jnp.add, [h.astype(dy.dtype) for h in hits])
+    if len(hits) == window ** (x.ndim - 3) and strides in (None, window):  # windows tile x: compare with y spread over them
+        for axis in range(1, x.ndim - 2):
+            y, share = (jnp.repeat(a, window, axis, total_repeat_length=x.shape[axis]) for a in (y, share))
+        return (keep_layout(jnp.where(x == y, share, 0)),)
+    return back([jnp.where(h, share, 0) for h in hits])
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def mean_pool(x, window: int = 2, strides: int | None = None):

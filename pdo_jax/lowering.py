@@ -71,8 +71,8 @@ def convolve(x, coefficients, stencils, indices, *, strides, padding, lowering="
             *_output_shape(x, size, strides, padding), *coefficients.shape[-2:])
     rows = math.prod(coefficients.shape[1:3]), math.prod(coefficients.shape[3:])
     outer_axes = 0 if 4 * rows[0] <= rows[1] else len(strides) - 1  # few inputs (an image): all factors on the input
-    plan = _plan(stencils.tobytes(), stencils.shape, tuple(indices), tuple(strides), fold, outer_axes)
-    return _matmul(x, coefficients, plan, tuple(padding))
+    padding = tuple(map(tuple, padding))
+    return _matmul(x, coefficients, _plan(stencils.tobytes(), stencils.shape, tuple(indices), tuple(strides), padding, fold, outer_axes))
 
 
 @jax.custom_vjp
@@ -108,15 +108,16 @@ def _dense(x, kernel, strides, padding):
 
 
 class _Plan:
-    """How a bank of stencils is taken apart, stencils[n] = Σ_{b, a} mix[n, b, a] outer[b] ⊗ inner[a], and folded.
+    """How a bank of stencils is taken apart, stencils[n] = Σ_{b, a} mix[b, a, n] outer[b] ⊗ inner[a], and folded.
 
-    A class q is one matrix product: inner factor a applied to the input part ``part_in[q][a]`` gives row a of its
-    operand, and outer factor b takes its row b to the output part ``part_out[q][b]``. Without a fold there is one class
-    and one part. With one, parts 0 and 1 are the sums and differences of pairs: an operator b ⊗ a that is even keeps the
-    part, an odd one swaps it.
+    A class q is one matrix product, whose operand stacks the inner factors a, applied to the input part (q + parity of a) mod
+    2, and whose result stacks the outer factors b, which go to the output part (q + parity of b) mod 2. Parts 0 and 1 are
+    the sums and differences of pairs; an even operator b ⊗ a keeps the part, an odd one swaps it. The block of (b, a) belongs
+    to the input part alone, since an operator meets the sum of the coefficients of a pair with the sum of its components, and
+    their difference with the difference. Without a fold there is one class and one part, and no parity.
     """
 
-    def __init__(self, stencils, indices, strides, fold, outer_axes):
+    def __init__(self, stencils, indices, strides, padding, fold, outer_axes):
         dim = stencils.ndim - 1
         factors, mix = _take_apart(stencils, indices)
         odd = [int(p < 0) for p in _parity(factors)]
@@ -127,24 +128,25 @@ class _Plan:
         outer = [b for b, u in zip(outer, used.any(1), strict=True) if u]
         inner = [a for a, u in zip(inner, used.any(0), strict=True) if u]
         self.mix = mix[used.any(1)][:, used.any(0)]
-        self.strides, self.outer_axes = strides, outer_axes
+        self.strides, self.padding, self.outer_axes = strides, padding, outer_axes
         self.inner, self.outer = ([functools.reduce(np.multiply.outer, [factors[i] for i in c], np.ones(())) for c in which]
                                   for which in (inner, outer))
         odd_inner, odd_outer = ([sum(odd[i] for i in c) % 2 for c in which] for which in (inner, outer))
         self.fold = fold if 0 not in _parity(factors) and any(odd_inner) else None
-        if self.fold is None:
-            self.parts, self.classes = 1, [([(a, 0) for a in range(len(inner))], [0] * len(outer))]
-        else:
-            self.parts, image = 2, self.fold.source is None
-            self.classes = []
-            for q in (0, 1):
-                rows = [(a, (q + odd) % 2) for a, odd in enumerate(odd_inner)]
-                self.classes.append(([r for r in rows if not (image and r[1])], [(q + odd) % 2 for odd in odd_outer]))
+        self.out_parts, self.odd = (2, (odd_inner, odd_outer)) if self.fold else (1, ([0] * len(inner), [0] * len(outer)))
+
+    def classes(self, in_parts, out_parts):
+        """For each class the (inner factor, input part) of its operand and the (outer factor, output part) of its result."""
+        for q in range(2 if self.fold else 1):
+            sides = [[(i, (q + odd) % 2) for i, odd in enumerate(parity)] for parity in self.odd]
+            rows, results = ([r for r in side if r[1] < parts] for side, parts in zip(sides, (in_parts, out_parts), strict=True))
+            if rows and results:
+                yield rows, results
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(data, shape, indices, strides, fold, outer_axes):
-    return _Plan(np.frombuffer(data).reshape(shape), indices, strides, fold, outer_axes)
+def _plan(data, shape, *rest):
+    return _Plan(np.frombuffer(data).reshape(shape), *rest)
 
 
 def _take_apart(stencils, indices):
@@ -178,8 +180,8 @@ def _parity(factors):
     return [next((s for s in (1, -1) if np.allclose(f, s * f[::-1], atol=1e-12)), 0) for f in factors]
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _matmul(x, coefficients, plan, padding):
+@functools.partial(jax.jit, static_argnums=2)
+def _matmul(x, coefficients, plan):
     dtype, dim = x.dtype, len(plan.strides)
     batch_last = [dim + 1, dim + 2, *range(1, dim + 1), 0]
     x, c = keep_layout(x).transpose(batch_last), coefficients  # [channels, components, *space, batch]
@@ -194,14 +196,11 @@ def _matmul(x, coefficients, plan, padding):
             x1, x2 = (_take(x, s, 1) for s in source)
             c1, c2 = (_take(c, s, 2) for s in source)
             parts, kernels = [x1 + x2, x1 - x2], [(c1 + c2) / 2, (c1 - c2) / 2]
-    parts = [jnp.pad(p.reshape(-1, *p.shape[2:]), ((0, 0), *padding, (0, 0))) for p in parts]
+    parts = tuple(p.reshape(-1, *p.shape[2:]) for p in parts)
     n, channels, components, features, out = kernels[0].shape
     kernels = [k.transpose(0, 3, 4, 1, 2).reshape(n, features * out, channels * components) for k in kernels]
-    weights = []
-    for rows, _ in plan.classes:
-        chosen = [jnp.tensordot(jnp.asarray(plan.mix[:, a], c.dtype), kernels[part], 1) for a, part in rows]
-        weights.append(jnp.stack(chosen, 2).astype(dtype))  # [outer, out rows, inner, in rows]
-    y = _pipeline(plan, tuple(parts), tuple(weights))
+    blocks = tuple(jnp.tensordot(jnp.asarray(plan.mix, k.dtype), k, 1).astype(dtype) for k in kernels)
+    y = _pipeline(plan, parts, blocks)
     y = [p.reshape(features, out, *p.shape[1:]) for p in y]
     if plan.fold is not None:
         order = np.argsort([*first, *second])
@@ -220,56 +219,89 @@ def _take(x, index, axis):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pipeline(plan, parts, weights):
-    """[rows, *space, batch] -> [out rows, *space', batch] for each part; rows are channels and components."""
-    y = [0] * plan.parts
-    for (rows, targets), weight in zip(plan.classes, weights, strict=True):
-        v = _inner(plan, parts, rows)
-        z = _dot(weight.reshape(-1, weight.shape[2] * weight.shape[3]), v.reshape(-1, math.prod(v.shape[2:])), ((1,), (0,)))
-        z = z.reshape(*weight.shape[:2], *v.shape[2:])
-        for b, (target, stencil) in enumerate(zip(targets, plan.outer, strict=True)):
-            y[target] += _taps(z[b], stencil, 1, plan.strides[:plan.outer_axes])
+def _pipeline(plan, parts, blocks):
+    """Input parts [rows, *space, batch] and blocks [outer, inner, out rows, rows] -> output parts [out rows, *space', batch]."""
+    dim, split = len(plan.strides), plan.outer_axes
+    x = [_pad(p, plan.padding, [1] * dim) for p in parts]
+    y = [0] * plan.out_parts
+    for rows, results in plan.classes(len(parts), plan.out_parts):
+        v = _stack(x, plan.inner, rows, 1 + split, plan.strides[split:])
+        z = _product([[blocks[part][b, a] for a, part in rows] for b, _ in results], v)
+        for zb, (b, part) in zip(z, results, strict=True):
+            y[part] += _taps(zb, plan.outer[b], 1, plan.strides[:split])
     return tuple(y)
 
 
-def _inner(plan, parts, rows):
-    """The inner factors on the last axes of space: [inner, rows, *space, batch]."""
-    strides = plan.strides[plan.outer_axes:]
-    return _barrier(jnp.stack([_taps(parts[part], plan.inner[a], 1 + plan.outer_axes, strides).astype(parts[0].dtype)
-                               for a, part in rows]))
+def _pipeline_forward(plan, parts, blocks):
+    return _pipeline(plan, parts, blocks), (parts, blocks)
 
 
-def _pipeline_forward(plan, parts, weights):
-    return _pipeline(plan, parts, weights), (parts, weights)
+def _pipeline_backward(plan, residuals, cotangents):
+    """The adjoint is a layer of the same form, with turned stencils, on the dilated and padded cotangent of y.
 
-
-def _pipeline_backward(plan, residuals, dy):
-    parts, weights = residuals
-    dtype, split = parts[0].dtype, 1 + plan.outer_axes
-    dparts, dweights = [0] * len(parts), []
-    dy = [_spread(d.astype(dtype), plan.outer[0].shape, plan.strides, parts[0].shape) for d in dy]
-    for (rows, targets), weight in zip(plan.classes, weights, strict=True):
-        v = _inner(plan, parts, rows)
-        dz = _barrier(jnp.stack([_taps(dy[t], np.flip(s), 1, [1] * s.ndim).astype(dtype)
-                                 for t, s in zip(targets, plan.outer, strict=True)]))
-        columns = math.prod(v.shape[2:])
-        dz2, v2 = dz.reshape(-1, columns), v.reshape(-1, columns)
-        dweights.append(_dot(dz2, v2, ((1,), (1,))).reshape(weight.shape).astype(weight.dtype))
-        transposed = _barrier(weight.transpose(2, 3, 0, 1))  # a transpose left in the product makes it slow
-        dv = _dot(transposed.reshape(v2.shape[0], -1), dz2, ((1,), (0,))).reshape(v.shape)
-        sums = [0] * len(parts)
-        for g, (a, part) in zip(dv, rows, strict=True):
-            sums[part] += _taps_transposed(g, plan.inner[a], split, plan.strides[plan.outer_axes:], parts[0].shape[split:-1])
-        dparts = [d + _barrier(s) for d, s in zip(dparts, sums, strict=True)]  # small fusions: large ones are not fused at all
-    return tuple(d.astype(dtype) for d in dparts), tuple(dweights)
+    Its operand serves the gradient of the blocks too: there the outer factors act on x, the inner ones on the cotangent."""
+    parts, blocks = residuals
+    dtype, dim, split = parts[0].dtype, len(plan.strides), plan.outer_axes
+    space = parts[0].shape[1:-1]
+    reach = [s - 1 for s in (*plan.outer[0].shape, *plan.inner[0].shape)]
+    around = []
+    for n, out, r, (low, _), s in zip(space, cotangents[0].shape[1:-1], reach, plan.padding, plan.strides, strict=True):
+        around.append((r - low, n + low - (out - 1) * s - 1))
+    dy = [_pad(d.astype(dtype), around, plan.strides) for d in cotangents]
+    x = [_pad(p, [(r, r) for r in reach[:split]] + [(0, 0)] * (dim - split), [1] * dim) for p in parts]
+    inner, outer = [np.flip(s) for s in plan.inner], [np.flip(s) for s in plan.outer]
+    dparts, dblocks = [0] * len(parts), [[[None] * len(inner) for _ in outer] for _ in parts]
+    for rows, results in plan.classes(len(dy), len(parts)):
+        u = _stack(dy, inner, rows, 1 + split, [1] * (dim - split))
+        z = _product([[blocks[part][b, a].T for a, _ in rows] for b, part in results], u)
+        for zb, (b, part) in zip(z, results, strict=True):
+            dparts[part] += _taps(zb, outer[b], 1, [1] * split)
+        if split:
+            t = _stack(x, plan.outer, results, 1, [1] * split)
+            gradient = _dot(_rows(u), _rows(t), ((1,), (1,))).reshape(*u.shape[:2], *t.shape[:2])
+            for (k, (a, _)), (j, (b, part)) in itertools.product(enumerate(rows), enumerate(results)):
+                dblocks[part][b][a] = gradient[k, :, j]
+    if not split:  # the other way round, with few inputs: the inner factors act on x, and the cotangent stays as it is
+        x = [_pad(p, plan.padding, [1] * dim) for p in parts]
+        for rows, results in plan.classes(len(parts), len(dy)):
+            v = _stack(x, plan.inner, rows, 1, plan.strides)
+            for b, part in results:
+                gradient = _dot(_rows(cotangents[part].astype(dtype)[None]), _rows(v), ((1,), (1,))).reshape(-1, *v.shape[:2])
+                for k, (a, source) in enumerate(rows):
+                    dblocks[source][b][a] = gradient[:, k]
+    zero = jnp.zeros(blocks[0].shape[2:], jnp.float32)
+    dblocks = tuple(jnp.stack([jnp.stack([zero if g is None else g for g in row]) for row in part]) for part in dblocks)
+    return tuple(d.astype(dtype) for d in dparts), tuple(d.astype(dtype) for d in dblocks)
 
 
 _pipeline.defvjp(_pipeline_forward, _pipeline_backward)
 _barrier = jax.lax.optimization_barrier
 
 
+def _stack(parts, factors, rows, axis, strides):
+    """[len(rows), rows, *space, batch]: each (factor, part) correlated along the axes from ``axis``."""
+    return _barrier(jnp.stack([_taps(parts[part], factors[i], axis, strides).astype(parts[0].dtype) for i, part in rows]))
+
+
+def _product(blocks, v):
+    """The matrix of blocks [results][rows] times the stack v, [results, out rows, *space, batch] float32."""
+    matrix = _barrier(jnp.concatenate([jnp.concatenate(row, 1) for row in blocks]))  # a transpose left in it makes it slow
+    z = _dot(matrix, v.reshape(matrix.shape[1], -1), ((1,), (0,)))
+    return z.reshape(len(blocks), -1, *v.shape[2:])
+
+
+def _rows(stack):
+    return stack.reshape(stack.shape[0] * stack.shape[1], -1)
+
+
 def _dot(a, b, contract):
     return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _pad(x, padding, strides):
+    """Pads the axes of space with zeros, after spreading their points by the strides."""
+    config = [(0, 0, 0), *((low, high, s - 1) for (low, high), s in zip(padding, strides, strict=True)), (0, 0, 0)]
+    return _barrier(jax.lax.pad(x, jnp.zeros((), x.dtype), config))
 
 
 def _taps(x, stencil, axis, strides):
@@ -281,24 +313,4 @@ def _taps(x, stencil, axis, strides):
             for i, (offset, s) in enumerate(zip(k, strides, strict=True), axis):
                 v = jax.lax.slice_in_dim(v, offset, offset + (x.shape[i] - stencil.shape[i - axis]) // s * s + 1, s, i)
             total = total + np.float32(weight) * v.astype(jnp.float32)
-    return total
-
-
-def _spread(g, size, strides, shape):
-    """Dilates and pads the first axes of space, so that correlating with a flipped stencil transposes :func:`_taps`."""
-    config = [(0, 0, 0)] * g.ndim
-    for i, (k, s) in enumerate(zip(size, strides, strict=False), 1):
-        config[i] = (k - 1, shape[i] - (g.shape[i] - 1) * s - 1, s - 1)
-    return _barrier(jax.lax.pad(g, jnp.zeros((), g.dtype), config))
-
-
-def _taps_transposed(g, stencil, axis, strides, sizes):
-    """The transpose of :func:`_taps`: g scattered back to ``sizes`` points along those axes."""
-    total = 0
-    for k, weight in np.ndenumerate(stencil):
-        if weight:
-            config = [(0, 0, 0)] * g.ndim
-            for i, (offset, s, size) in enumerate(zip(k, strides, sizes, strict=True), axis):
-                config[i] = (offset, size - offset - (g.shape[i] - 1) * s - 1, s - 1)
-            total = total + jax.lax.pad(np.float32(weight) * g.astype(jnp.float32), np.float32(0), config)
     return total

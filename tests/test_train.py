@@ -1,9 +1,5 @@
-"""The training loop against a plain one, on several devices and processes, killed and resumed, and on bad input.
+"""The training loop against a plain one, on several devices and processes, killed and resumed, and on bad input."""
 
-Run as a program (`python test_train.py WORKDIR KEY=VALUE…`) this file is the job that the tests start elsewhere.
-"""
-
-import ast
 import json
 import os
 import signal
@@ -23,7 +19,8 @@ import pytest
 from jax.sharding import Mesh
 from PIL import Image
 
-from experiments import main, saved, train
+import pdo_jax as pdo
+from experiments import figures, main, saved, train
 from experiments.baselines import MnistRotCNN, ResNetCNN
 from experiments.config import Config, piecewise
 from experiments.datasets import Dataset, Split
@@ -77,31 +74,32 @@ def flat(tree) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def final_state(workdir: Path, config: Config, epoch: int | None = None):
+def final_state(workdir: Path, config: Config):
     fresh = train.initial_state(config, train.make_model(config, [0], [1]), (4, 4, 1))
-    return restore(Path(workdir), epoch or max(saved_epochs(Path(workdir))), fresh)
+    return restore(workdir, max(saved_epochs(workdir)), fresh)
 
 
-def job(workdir, *arguments):
-    """Trains `Net`, with dropout and augmentation unless told otherwise; the keys are the config's, and a few more."""
-    options = {key: ast.literal_eval(value) for key, _, value in (text.partition("=") for text in arguments)}
-    if process := options.pop("process", None):
-        jax.distributed.initialize(*process)
-    random = options.pop("random", True)
-    many = options.pop("many", 1)  # longer epochs
-    data = make_data()
-    data = data._replace(train=Split(*(np.concatenate([array] * many) for array in data.train)))
-    changes = dict(network=Net(dropout=0.3), augment=shift) if random else {}
-    train.train(make_config(**changes, **options), workdir, data)
+def write_config(path: Path, network: str, **others: str) -> Path:
+    """A config file of a small network on 500 digits; the values are Python."""
+    values = {"dataset": "'mnist_rot/subset'", "validation": "2500", "eval_batch_size": "512"} | others
+    text = ", ".join(f"{key}={value}" for key, value in values.items())
+    path.write_text(
+        "from test_train import Net, make_config, shift\n"
+        f"config = vars(make_config()) | dict(network=Net(num_classes=10, {network}), {text})\n"
+    )
+    return path
 
 
-def start(workdir, *arguments, devices: int = 1) -> subprocess.Popen:
+def start(config_file: Path, workdir: Path, *arguments, devices: int = 1) -> subprocess.Popen:
+    """The command line in a process of its own, on so many CPU devices."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "cache"),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }
-    command = [sys.executable, __file__, str(workdir), *arguments]
+    files = ["--config", str(config_file), "--workdir", str(workdir)]
+    command = [sys.executable, "-m", "experiments.main", *files, *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -236,56 +234,85 @@ def test_baselines_have_the_sizes_they_say():
     assert size(ResNetCNN(7, (32, 64, 128)), (32, 32, 3)) == 2_636_074  # depth 44; 2.64M there
 
 
+class Invariant(nn.Module):
+    """A PDO-eConv and a mean over space and group."""
+
+    group: pdo.groups.Group = pdo.groups.cyclic(4)
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = pdo.LiftingConv(2, self.group, kernel_size=3)(x)
+        return nn.Dense(3)(pdo.group_pool(nn.relu(x).mean((1, 2))))
+
+
+def test_a_network_of_a_group_reports_its_equivariance_and_shows_its_stencils():
+    """The logits stand still under quarter turns; the stencils of an orientation are those of the first, turned."""
+    model = train.Model(Invariant(), np.float32([0.4]), np.float32([0.2]))
+    variables = train.initial_state(make_config(network=Invariant()), model, (8, 8, 1)).variables
+    images = np.random.default_rng(0).random((5, 8, 8, 1), np.float32)
+    errors = train.equivariance_error(model, variables, images)
+    assert list(errors) == ["turn 0", "turn 90", "turn 180", "turn 270"] and max(errors.values()) < 1e-5
+    assert train.element_name(np.diag([1.0, -1.0])) == "mirror 0"
+    assert train.equivariance_error(train.Model(Net(), 0, 1), variables, images) is None
+    kernels = figures.lifting_kernels(model.network, variables, (8, 8, 1))
+    assert kernels.shape == (3, 3, 2, 4)
+    for turns in range(4):
+        np.testing.assert_allclose(kernels[..., turns], np.rot90(kernels[..., 0], turns), atol=1e-6)
+    _, seen = model.network.apply(variables, images, False, capture_intermediates=True, mutable=["intermediates"])
+    answer = seen["intermediates"]["LiftingConv_0"]["__call__"][0][0, 3, 4]
+    np.testing.assert_allclose(answer, np.einsum("ijfa,ij->fa", kernels, images[0, 2:5, 3:6, 0]), atol=1e-5)
+
+
 # Several devices, several processes, and a kill
 
 
 def test_two_devices_two_processes_jit_and_pmap_agree(tmp_path):
     """Same numbers from a mesh, from pmap and from two processes, with dropout and augmentation; and, without them,
     from one device."""
+    config = write_config(tmp_path / "config.py", "dropout=0.3", augment="shift")
+    plain = write_config(tmp_path / "plain.py", "")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    finish(start(tmp_path / "jit", devices=2), start(tmp_path / "pmap", "parallel='pmap'", devices=2))
-    processes = [start(tmp_path / "processes", f"process=({address!r}, 2, {i})") for i in (0, 1)]
-    finish(*processes, start(tmp_path / "plain", "random=False", devices=2))
-    config = make_config(network=Net(dropout=0.3))
-    states = {name: flat(final_state(tmp_path / name, config)) for name in ("jit", "pmap", "processes")}
-    np.testing.assert_array_equal(states["jit"], states["pmap"])
-    np.testing.assert_allclose(states["jit"], states["processes"], rtol=1e-5, atol=1e-7)
+    distributed = ["--distributed", "--coordinator", address, "--num-processes", "2", "--process-id"]
+    mesh = start(config, tmp_path / "mesh", devices=2)
+    finish(mesh, start(config, tmp_path / "pmap", "--set", "parallel=pmap", devices=2))
+    finish(*(start(config, tmp_path / "processes", *distributed, str(i)) for i in (0, 1)))
+    finish(start(plain, tmp_path / "one"), start(plain, tmp_path / "two", devices=2))
+    states = {name: flat(saved.load(tmp_path / name)[2]) for name in ("mesh", "pmap", "processes", "one", "two")}
+    np.testing.assert_array_equal(states["mesh"], states["pmap"])
+    np.testing.assert_allclose(states["mesh"], states["processes"], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(states["one"], states["two"], rtol=1e-3, atol=1e-5)
     results = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in states}
-    assert "2 process" in results["processes"]["devices"]
-    assert results["jit"]["test_error"] == results["pmap"]["test_error"] == results["processes"]["test_error"]
-    train.train(make_config(), tmp_path / "one", make_data())
-    one, two = (flat(final_state(tmp_path / name, make_config()).params) for name in ("one", "plain"))
-    np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5)
+    assert results["processes"]["devices"] == "2 x cpu, 2 process(es)"
+    assert results["mesh"]["test_error"] == results["pmap"]["test_error"] == results["processes"]["test_error"]
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     """Killed in the middle of epoch 2, then while the next checkpoint is written; the lines of metrics.jsonl stay
     one an epoch."""
-    arguments = ("many=400", "scan=False")
-    straight = start(tmp_path / "straight", *arguments)
-    workdir = tmp_path / "killed"
+    config = write_config(tmp_path / "config.py", "dropout=0.3", augment="shift", batch_size="2", scan="False")
+    straight, workdir = tmp_path / "straight", tmp_path / "killed"
     metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
+    finish(start(config, straight))
 
-    killed = start(workdir, *arguments)
+    killed = start(config, workdir)
     wait_for(lambda: saved_epochs(workdir) == [1], killed)
     kill(killed)
     assert saved_epochs(workdir) == [1]
 
-    killed = start(workdir, *arguments)
+    killed = start(config, workdir)
     wait_for(lambda: any(path.name.startswith("2") for path in checkpoints.iterdir()), killed)
     kill(killed)
     assert saved_epochs(workdir) in ([1], [1, 2])  # the second if the writing was quicker than the kill
+    assert not (workdir / "result.json").exists()
     metrics.write_text(metrics.read_text() + '{"epoch": 9')  # as if the kill had fallen into the writing of a line
 
-    finish(straight, start(workdir, *arguments))
-    config = make_config(network=Net(dropout=0.3))
-    states = [final_state(folder, config) for folder in (tmp_path / "straight", workdir)]
-    np.testing.assert_array_equal(*map(flat, states))
+    finish(start(config, workdir))
+    np.testing.assert_array_equal(*(flat(saved.load(folder)[2]) for folder in (straight, workdir)))
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
-    results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "straight", workdir)]
+    results = [json.loads((folder / "result.json").read_text()) for folder in (straight, workdir)]
     assert results[0]["test_loss"] == results[1]["test_loss"]
 
 
@@ -362,16 +389,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path):
 
 # The command line
 
-CONFIG = """
-from test_train import Net, make_config
-config = vars(make_config()) | dict(network=Net(num_classes=10), dataset="mnist_rot/subset", epochs=1, validation=1500)
-"""
-
 
 def test_the_command_line_trains_evaluates_and_predicts(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent)
     monkeypatch.chdir(tmp_path)
-    Path("small.py").write_text(CONFIG)
+    write_config(Path("small.py"), "", epochs="1")
     assert main.main(["--config", "small.py", "--set", "seed=3"]) == 0
     output = capsys.readouterr().out
     workdir = "runs/small-seed=3"
@@ -444,7 +466,3 @@ def test_process_settings_take_effect(tmp_path):
             command, cwd=ROOT, env=environment | {"XLA_FLAGS": flags}, capture_output=True, text=True
         )
         assert ended.returncode == 2 and expected in ended.stderr, ended.stderr
-
-
-if __name__ == "__main__":
-    job(*sys.argv[1:])

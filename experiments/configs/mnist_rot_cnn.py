@@ -4,10 +4,10 @@
 
 The paper quotes 5.03 % test error for it (Cohen & Welling, ICML 2016, with their own training settings).
 
-Not yet run here to its end.
+Not yet run here.
 """
 
 from experiments.baselines import MnistRotCNN
-from experiments.configs.mnist_rot import config as paper
+from experiments.configs.mnist_rot import config as base
 
-config = paper | dict(network=MnistRotCNN())
+config = base | dict(network=MnistRotCNN())

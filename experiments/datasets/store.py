@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import shapes3d
 from .sources import DataError
 
 SUBSET = Path(__file__).with_name("mnist_rot_subset.npz")
@@ -20,6 +21,8 @@ CLASSES = {
     "mnist_rot/regenerated": 10,
     "cifar10": 10,
     "cifar100": 100,
+    "shapes3d": 8,
+    "shapes3d/turned": 8,
 }
 
 
@@ -41,8 +44,8 @@ def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None =
     """Reads a data set into memory; the first time it is fetched and prepared, with progress bars.
 
     Args:
-      name: "mnist_rot/subset" (embedded, needs no network), "mnist_rot/official", "mnist_rot/regenerated", "cifar10"
-        or "cifar100".
+      name: "mnist_rot/subset" (embedded, needs no network), "mnist_rot/official", "mnist_rot/regenerated", "cifar10",
+        "cifar100", or "shapes3d" and "shapes3d/turned" (generated, volumes [n, D, H, W, C]; see `shapes3d`).
       validation: how many examples, from the end of the train split, to set apart; 0 trains on all of it.
       data_dir: where prepared sets lie, and in its folder `manual` the archives put there by hand. Default: the
         environment variable PDO_DATA_DIR, or ~/.cache/pdo_jax.
@@ -59,6 +62,8 @@ def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None =
         with np.load(SUBSET) as arrays:
             splits = {split: (arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in ("train", "test")}
         note = "an embedded subset of MNIST-rot regenerated from MNIST, not the official file"
+    elif name.startswith("shapes3d"):
+        splits, note = shapes3d.generate(turned=name == "shapes3d/turned")
     else:
         root = Path(data_dir or os.environ.get("PDO_DATA_DIR") or "~/.cache/pdo_jax").expanduser()
         splits, note = _read(_prepared(name, root))
