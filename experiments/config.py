@@ -74,7 +74,7 @@ def piecewise(rates: Mapping[float, float], epoch) -> jnp.ndarray:
 
 
 def warmup_cosine(peak: float, warmup: float, epochs: float, epoch) -> jnp.ndarray:
-    """Rises linearly from 0 to `peak` over `warmup` epochs, then falls to 0 at `epochs` as half a cosine."""
+    """Rises linearly from 0 to `peak` over `warmup` > 0 epochs, then falls to 0 at `epochs` as half a cosine."""
     fall = jnp.clip((epoch - warmup) / (epochs - warmup), 0, 1)
     return peak * jnp.minimum(epoch / warmup, (1 + jnp.cos(jnp.pi * fall)) / 2)
 
@@ -83,7 +83,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a file, with `overrides` of the form "key=value" put over it."""
     path = Path(path)
     if not path.is_file():
-        near = sorted(str(p) for p in (Path(__file__).parent / "configs").glob("*.py") if p.stem != "__init__")
+        near = sorted(str(p) for p in (Path(__file__).parent / "configs").glob("[!_]*.py"))
         raise ConfigError(f"no config file {path}; give the path of a Python file, such as\n  " + "\n  ".join(near))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     try:

@@ -56,10 +56,12 @@ def confusion_matrix(counts: np.ndarray) -> Figure:
 
 
 def lifting_kernels(network, variables, shape) -> np.ndarray | None:
-    """The kernels [k, k, features, group] of the network's first PDO-eConv on the first channel; None if it has none.
+    """The kernels [k, k, features, group] of a plane network's first PDO-eConv on channel 0; None if there is none.
 
     They are read off as the layer's answer to a single bright point, so that no parametrisation has to be known.
     """
+    if len(shape) != 3:
+        return None
     image = np.zeros((1, *shape), np.float32)
     image[0, shape[0] // 2, shape[1] // 2, 0] = 1
     first = {"capture_intermediates": lambda module, _: isinstance(module, pdo.LiftingConv)}

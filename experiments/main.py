@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m experiments.main", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="a Python file that defines config = dict(...); default: quick.py")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the config")
-    parser.add_argument("--workdir", type=Path, help="the folder of the run; default: runs/<name of the config>")
+    parser.add_argument("--workdir", type=Path, help="folder of the run, shared by all hosts; default: runs/<config>")
     parser.add_argument("--evaluate", type=Path, metavar="RUN", help="the test error of a workdir or of one checkpoint")
     parser.add_argument("--predict", type=Path, metavar="IMAGE", help="class probabilities, from the run at --workdir")
     parser.add_argument("--distributed", action="store_true", help="one of several processes that train together")

@@ -230,7 +230,7 @@ def evaluation_program(config: Config, model: Model, num_classes: int, mesh: Mes
         for start in range(0, len(split.labels), batch):
             images, labels = split.images[start : start + batch], split.labels[start : start + batch]
             missing = batch - len(labels)  # label -1: no image
-            images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+            images = np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
             counts.append(compiled(variables, images, np.pad(labels, (0, missing), constant_values=-1)))
         confusions, losses = zip(*jax.device_get(counts), strict=True)
         return sum(confusions), float(sum(losses)) / len(split.labels)

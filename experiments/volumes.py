@@ -13,9 +13,9 @@ import pdo_jax as pdo
 class VolumeNet(nn.Module):
     """Three PDO-eConvs of all operators up to order 2 on 3×3×3 points, and an invariant head.
 
-    The first two have stride 2, the last no padding: 17 → 9 → 5 → 3 points along an axis; odd sizes keep every element that
-    maps the grid to itself exact. Each is followed by batch norm and ReLU, as is a pointwise layer of ``head_features``
-    channels; then the mean over space, the maximum over the group, and a linear layer.
+    The first has stride 2 and is followed by a blurred halving, the last has no padding: 17 → 9 → 5 → 5 → 3 points along an
+    axis; odd sizes keep every element that maps the grid to itself exact. After each come batch norm and ReLU, as after a
+    pointwise layer of ``head_features`` channels; then the mean over space, the maximum over the group, and a linear layer.
 
     Shapes: [batch, D, D, D, channels] -> logits [batch, num_classes] float32.
     """
@@ -36,7 +36,7 @@ class VolumeNet(nn.Module):
 
         first, second, third = self.widths
         x = pdo.LiftingConv(first, self.group, kernel_size=3, basis=2, strides=2, dtype=self.dtype)(x)
-        x = conv(second, strides=2)(activate(x))
+        x = conv(second)(pdo.blur_pool(activate(x)))
         x = conv(third, padding="VALID")(activate(x))
         x = activate(pdo.GroupConv(self.head_features, self.group, kernel_size=1, dtype=self.dtype)(activate(x)))
         x = pdo.group_pool(x.astype(jnp.float32).mean((1, 2, 3)), "max")
@@ -62,7 +62,7 @@ class VolumeCNN(nn.Module):
 
         first, second, third = self.widths
         x = conv(first, (3, 3, 3), 2, padding=1)(x)
-        x = conv(second, (3, 3, 3), 2, padding=1)(activate(x))
+        x = conv(second, (3, 3, 3))(pdo.blur_pool(activate(x)[..., None])[..., 0])
         x = conv(third, (3, 3, 3), padding="VALID")(activate(x))
         x = activate(conv(self.head_features, (1, 1, 1))(activate(x)))
         return nn.Dense(self.num_classes)(x.astype(jnp.float32).mean((1, 2, 3)))

@@ -5,12 +5,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from pdo_jax import kernels, lowering, steerable, stencils
+from pdo_jax import kernels, lowering, operators, steerable, stencils
 from pdo_jax.fields import Representation
 from pdo_jax.groups import Group
 
@@ -58,7 +57,7 @@ class LiftingConv(_OrbitConv):
         number or (before, after) for each axis.
       basis: "paper" (at most 2 derivatives along an axis and kernel_size - 1 in all: the nine operators on 5×5) or an int (all
         operators up to that order).
-      scheme: discretisation: ``stencils.central_difference``, ``gaussian_derivative`` or ``rbf_fd``; options by functools.partial.
+      scheme: ``stencils.central_difference``, ``gaussian_derivative`` or ``rbf_fd``, with options by functools.partial.
       frame: turns the base operators before the group does; an angle in radians, or an orthogonal matrix.
       lowering: how it is computed, see :mod:`pdo_jax.lowering`; all give the same numbers.
       use_bias: one bias for each output channel, shared over the group.
@@ -68,7 +67,8 @@ class LiftingConv(_OrbitConv):
     Shapes: [batch, *space, channels] -> [batch, *space, features, group.order].
 
     Raises:
-      ValueError: an input of another dimension than the group, a basis too large for the kernel, a kernel larger than the input.
+      ValueError: an input of another dimension than the group, a basis too large for the kernel, a kernel larger than
+        the input.
 
     Source: Shen, He, Lin, Ma, "PDO-eConvs", ICML 2020, Eq. 8.
 
@@ -82,8 +82,8 @@ class LiftingConv(_OrbitConv):
     @nn.compact
     def __call__(self, x):
         if x.ndim != self.group.dim + 2:
-            raise ValueError(f"LiftingConv of {self.group!r} takes [batch, *space, channels] with {self.group.dim} axes of space, "
-                             f"got shape {x.shape}")
+            raise ValueError(f"LiftingConv of {self.group!r} takes [batch, *space, channels] with {self.group.dim} axes of "
+                             f"space, got shape {x.shape}")
         return self._convolve(x[..., None], lifted=False)
 
 
@@ -120,13 +120,13 @@ class PDOConv(nn.Module):
       features: number of output fields.
       in_rep, out_rep: representations of one group.
       order: highest order of the operators, by default kernel_size - 1, at most 2.
-      use_bias: one bias for each output field; only for a trivial out_rep.
+      use_bias: one bias for each output field, for an out_rep that permutes (trivial, regular, quotient).
       The others as for :class:`LiftingConv`.
 
     Shapes: [batch, *space, channels, in_rep.dim] -> [batch, *space, features, out_rep.dim].
 
     Raises:
-      ValueError: representations of different groups, a field of another shape, a bias on a field that is not trivial, or
+      ValueError: representations of different groups, a field of another shape, a bias where the group mixes components, or
         no equivariant operator at all up to that order.
     """
 
@@ -148,8 +148,8 @@ class PDOConv(nn.Module):
     def __call__(self, x):
         group = self.in_rep.group
         _check_field("PDOConv", x, group, self.in_rep.dim)
-        if self.use_bias and not np.allclose(self.out_rep.matrices, 1):
-            raise ValueError(f"a bias is equivariant only on trivial fields, got out_rep={self.out_rep!r}")
+        if self.use_bias and not self.out_rep.is_permutation:
+            raise ValueError(f"a bias is equivariant only where the group permutes components, got out_rep={self.out_rep!r}")
         order = min(self.kernel_size - 1, 2) if self.order is None else self.order
         bank = _steerable_bank(self.in_rep, self.out_rep, order, self.kernel_size, self.scheme)
         fan_in = x.shape[-2] * len(bank.basis) / self.out_rep.dim  # each H_k has a kernel of norm 1
@@ -160,13 +160,13 @@ class PDOConv(nn.Module):
 
 
 class _SteerableBank:
-    """The basis of :func:`steerable.basis`, mixed within each degree until its kernels are orthonormal, and the stencils."""
+    """The basis of :func:`steerable.basis`, mixed until the kernels that it makes are orthonormal, and the stencils."""
 
     def __init__(self, in_rep, out_rep, order, kernel_size, scheme):
         basis = steerable.basis(in_rep, out_rep, order)
         if not len(basis):
             raise ValueError(f"there is no equivariant operator up to order {order} from {in_rep!r} to {out_rep!r}")
-        self.indices = steerable.multi_indices(in_rep.group.dim, order)
+        self.indices = operators.multi_indices(in_rep.group.dim, order)
         self.stencils = stencils.bank(self.indices, kernel_size, scheme)
         flat = self.stencils.reshape(len(self.indices), -1)
         overlap = np.tensordot(flat @ flat.T, basis, ((1,), (1,)))  # [n, k, o, c]
@@ -188,7 +188,9 @@ def _apply(module, x, coefficients, bank, fold):
             raise ValueError(f"circular padding by {size // 2} needs a larger input, got {x.shape[1:dim + 1]}")
         x = jnp.pad(x, ((0, 0), *padding, (0, 0), (0, 0)), mode="wrap")
         padding = ((0, 0),) * dim
-    dtype = module.dtype or jnp.result_type(x, jnp.float32 if jnp.issubdtype(x.dtype, jnp.integer) else x)
+    dtype = jnp.dtype(module.dtype or (x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"a convolution is computed in a floating type, got {dtype}")
     y = lowering.convolve(x, coefficients, bank.stencils, bank.indices, strides=strides, padding=padding, fold=fold,
                           lowering=module.lowering, dtype=dtype)
     if module.use_bias:

@@ -43,8 +43,8 @@ def error(fn, x, group: groups.Group, *, radius: float | None = None) -> np.ndar
     fields = {2: "invariant", group.dim + 2: "image", group.dim + 3: "field"}
     kind = fields.get(y.ndim)
     if kind is None or (kind == "field" and y.shape[-1] != group.order):
-        raise ValueError(f"fn must return [batch, classes], [batch, *space, channels] or [batch, *space, channels, {group.order}], "
-                         f"got {y.shape}")
+        raise ValueError("fn must return [batch, classes], [batch, *space, channels] or "
+                         f"[batch, *space, channels, {group.order}], got {y.shape}")
     result = []
     for element, exact in enumerate(group.preserves_grid):
         matrix = group.elements[element]

@@ -122,8 +122,8 @@ def _coordinates(grids, turned):
     gram = np.mean(turned @ turned.swapaxes(1, 2), 0)
     values, vectors = np.linalg.eigh(gram)
     if values[0] < 1e-12 * values[-1]:
-        raise ValueError(f"the {len(grids)} stencils are linearly dependent on {grids.shape[1:]} points: use a larger kernel_size "
-                         "or a lower order")
+        raise ValueError(f"the {len(grids)} stencils are linearly dependent on {grids.shape[1:]} points: use a larger "
+                         "kernel_size or a lower order")
     if pixels.shape[0] == pixels.shape[1]:
         return np.linalg.inv(pixels)
     return vectors / np.sqrt(values) @ vectors.T

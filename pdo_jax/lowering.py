@@ -72,7 +72,8 @@ def convolve(x, coefficients, stencils, indices, *, strides, padding, lowering="
     rows = math.prod(coefficients.shape[1:3]), math.prod(coefficients.shape[3:])
     outer_axes = 0 if 4 * rows[0] <= rows[1] else len(strides) - 1  # few inputs (an image): all factors on the input
     padding = tuple(map(tuple, padding))
-    return _matmul(x, coefficients, _plan(stencils.tobytes(), stencils.shape, tuple(indices), tuple(strides), padding, fold, outer_axes))
+    plan = _plan(stencils.tobytes(), stencils.shape, tuple(indices), tuple(strides), padding, fold, outer_axes)
+    return _matmul(x, coefficients, plan)
 
 
 @jax.custom_vjp
@@ -132,14 +133,15 @@ class _Plan:
         self.inner, self.outer = ([functools.reduce(np.multiply.outer, [factors[i] for i in c], np.ones(())) for c in which]
                                   for which in (inner, outer))
         odd_inner, odd_outer = ([sum(odd[i] for i in c) % 2 for c in which] for which in (inner, outer))
-        self.fold = fold if 0 not in _parity(factors) and any(odd_inner) else None
+        parity = np.add.outer(odd_outer, odd_inner)[..., None] + np.array([sum(i) for i in indices])
+        self.fold = fold if 0 not in _parity(factors) and any(odd_inner) and not self.mix[parity % 2 == 1].any() else None
         self.out_parts, self.odd = (2, (odd_inner, odd_outer)) if self.fold else (1, ([0] * len(inner), [0] * len(outer)))
 
     def classes(self, in_parts, out_parts):
         """For each class the (inner factor, input part) of its operand and the (outer factor, output part) of its result."""
         for q in range(2 if self.fold else 1):
             sides = [[(i, (q + odd) % 2) for i, odd in enumerate(parity)] for parity in self.odd]
-            rows, results = ([r for r in side if r[1] < parts] for side, parts in zip(sides, (in_parts, out_parts), strict=True))
+            rows, results = ([r for r in side if r[1] < n] for side, n in zip(sides, (in_parts, out_parts), strict=True))
             if rows and results:
                 yield rows, results
 
@@ -220,7 +222,7 @@ def _take(x, index, axis):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _pipeline(plan, parts, blocks):
-    """Input parts [rows, *space, batch] and blocks [outer, inner, out rows, rows] -> output parts [out rows, *space', batch]."""
+    """Parts [rows, *space, batch] and blocks [outer, inner, out rows, rows] -> output parts [out rows, *space', batch]."""
     dim, split = len(plan.strides), plan.outer_axes
     x = [_pad(p, plan.padding, [1] * dim) for p in parts]
     y = [0] * plan.out_parts

@@ -132,6 +132,6 @@ PAPER = {
     "p8": functools.partial(ResNet, group=groups.cyclic(8), widths=(11, 23, 45), blocks=7),  # 2.62M
     "p8_wide": functools.partial(ResNet, group=groups.cyclic(8), widths=(20, 40, 80), blocks=4),  # 4.6M
 }
-"""The ResNets of the paper's table, with ``num_classes`` and the other attributes left to set: ``PAPER["p8"](num_classes=100)``.
+"""The ResNets of the paper's table; the other attributes are left to set: ``PAPER["p8"](num_classes=100)``.
 
 The paper gives the sizes; the widths of "p6" and "p6m" are those nearest to the plain network's 16, 32, 64 that have them."""

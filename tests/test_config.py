@@ -13,7 +13,7 @@ from experiments import config as configs
 from experiments.baselines import MnistRotCNN, ResNetCNN
 from experiments.config import Config, ConfigError, describe, load, make, piecewise, warmup_cosine
 
-BUNDLED = sorted((Path(configs.__file__).parent / "configs").glob("*.py"))
+BUNDLED = sorted((Path(configs.__file__).parent / "configs").glob("[!_]*.py"))
 PLAIN = "from experiments.baselines import MnistRotCNN\nconfig = dict(network=MnistRotCNN(), epochs=2)\n"
 
 

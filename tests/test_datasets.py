@@ -100,6 +100,14 @@ def test_shift_and_flip_gives_crops_of_the_padded_image_and_its_mirror_and_all_o
     assert len(possible) == 18 and seen == possible
 
 
+def test_moments_of_volumes_are_one_number_a_channel():
+    """A mean that varied over space would break the equivariance of all that follows."""
+    volumes = np.random.default_rng(0).uniform(size=(5, 3, 4, 5, 2)).astype(np.float32)
+    mean, std = augment.moments(volumes)
+    np.testing.assert_allclose(mean, volumes.mean((0, 1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(std, volumes.std((0, 1, 2, 3)), rtol=1e-5)
+
+
 def test_moments_are_those_of_each_channel():
     images = RNG.random((1500, 5, 6, 3), np.float32)
     mean, std = augment.moments(images)

@@ -16,11 +16,11 @@ FAST = [name for name in lowering.LOWERINGS if name not in ("auto", "dense")]
 P4, P6, P8, P4M = groups.cyclic(4), groups.cyclic(6), groups.cyclic(8), groups.dihedral(4)
 LINE, T, O_H = groups.reflection(1), groups.tetrahedral(), groups.octahedral(True)
 POINT = groups.from_generators([-np.eye(3)], name="point reflection")
-ONE_SIDED = functools.partial  # a stencil without parity, below
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # much is compiled, little computed
 
 
 def shifted(alpha, size):
-    """A scheme whose stencils are neither even nor odd: one-sided, as a user may write."""
+    """A scheme whose stencils are neither even nor odd, as a user may write."""
     return np.roll(stencils.central_difference(alpha, size), 1, axis=0)
 
 
@@ -102,12 +102,12 @@ def arguments(case):
 def results(case, name, dtype=None):
     """The output, and the gradients to parameters and input for one random cotangent."""
 
-    @jax.jit
-    def run(w, x, seed):
+    @jit
+    def run(w, x, wave):
         y, pullback = jax.vjp(layer(case, name, dtype), w, x)
-        return y, *pullback(jax.random.normal(jax.random.key(seed), y.shape).astype(y.dtype))
+        return y, *pullback(wave[:y.size].reshape(y.shape).astype(y.dtype))
 
-    return run(*arguments(case), 1)
+    return run(*arguments(case), np.random.default_rng(1).normal(size=20000).astype(np.float32))
 
 
 def assert_close(found, expected, tolerance):
@@ -171,7 +171,7 @@ def test_inside_a_scan(name):
     def looped(ws, x):
         return functools.reduce(lambda x, w: jnp.tanh(fn(w, x)), ws, x)
 
-    found, expected = (jax.jit(jax.value_and_grad(lambda ws, x, f=f: (f(ws, x) ** 2).sum(), (0, 1)))(ws, x)
+    found, expected = (jit(jax.value_and_grad(lambda ws, x, f=f: (f(ws, x) ** 2).sum(), (0, 1)))(ws, x)
                        for f in (scanned, looped))
     jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-5), found, expected)
 
@@ -181,14 +181,14 @@ def test_vmap(name):
     """vmap over parameters, over inputs and over both equals one call after another, and so does its gradient."""
     case = Case(P4, (5, 5), size=3, channels=2)
     fn, (w, x) = layer(case, name), arguments(case)
-    single, ws, xs = jax.jit(fn), jnp.stack([w, 2 * w, w**2]), jnp.stack([x, -x, x + 1])
+    single, ws, xs = jit(fn), jnp.stack([w, 2 * w, w**2]), jnp.stack([x, -x, x + 1])
     for axes in ((0, None), (None, 0), (0, 0)):
-        found = jax.jit(jax.vmap(fn, axes))(ws if axes[0] == 0 else w, xs if axes[1] == 0 else x)
+        found = jit(jax.vmap(fn, axes))(ws if axes[0] == 0 else w, xs if axes[1] == 0 else x)
         expected = [single(ws[k] if axes[0] == 0 else w, xs[k] if axes[1] == 0 else x) for k in range(3)]
         np.testing.assert_allclose(found, jnp.stack(expected), atol=1e-5)
     gradient = jax.grad(lambda w, x: (fn(w, x) ** 2).sum())
-    single = jax.jit(gradient)
-    found, expected = jax.jit(jax.vmap(gradient))(ws, xs), jnp.stack([single(w, x) for w, x in zip(ws, xs, strict=True)])
+    single = jit(gradient)
+    found, expected = jit(jax.vmap(gradient))(ws, xs), jnp.stack([single(w, x) for w, x in zip(ws, xs, strict=True)])
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 

@@ -5,7 +5,7 @@ import pdo_jax as pdo
 from experiments.config import warmup_cosine
 from experiments.volumes import VolumeNet
 
-EPOCHS = 6
+EPOCHS = 5
 
 config = dict(
     network=VolumeNet(pdo.groups.octahedral(), widths=(4, 5, 5), head_features=12),

@@ -26,14 +26,15 @@ def shift_and_flip(key: jax.Array, images: jax.Array, pad: int = 4) -> jax.Array
 
 
 def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, float32 [C], of each channel of images [n, H, W, C]: for `(images - mean) / std`.
+    """Mean and standard deviation, float32 [C], of each channel of images [n, *space, C]: for `(images - mean) / std`.
 
     Computed once, outside the training step, by numpy: float32 cannot add up a whole data set.
     """
     total = squares = 0
+    axes = tuple(range(images.ndim - 1))
     for start in range(0, len(images), 1000):
         part = images[start : start + 1000].astype(np.float64)
-        total, squares = total + part.sum((0, 1, 2)), squares + (part**2).sum((0, 1, 2))
+        total, squares = total + part.sum(axes), squares + (part**2).sum(axes)
     count = images[..., 0].size
     mean = total / count
     return mean.astype(np.float32), np.sqrt(squares / count - mean**2).astype(np.float32)

@@ -1,0 +1,283 @@
+"""Layers between the convolutions: batch norm against Flax's, dropout masks, pooling that keeps symmetries exactly."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import pdo_jax as pdo
+from pdo_jax import groups
+
+LINE, P8, P4M, O_H = groups.reflection(1), groups.cyclic(8), groups.dihedral(4), groups.octahedral(True)
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # much is compiled, little computed
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(0.3, 2.0, size=shape), dtype)
+
+
+def turn(x, group, a):
+    """[A·F](x, B) = F(A^{-1}x, A^{-1}B) for an element that preserves the grid; in numpy, apart from the library's own."""
+    matrix = np.rint(group.elements[a]).astype(int)
+    source = np.abs(matrix).argmax(1)
+    x = np.transpose(np.asarray(x), [0, *(1 + source), 1 + group.dim, 2 + group.dim])
+    x = np.flip(x, [1 + i for i in range(group.dim) if matrix[i, source[i]] < 0])
+    return x[..., [group.index(group.elements[a].T @ b) for b in group.elements]]
+
+
+# Batch norm.
+
+
+def norms(dtype=None, axis_name=None):
+    """GroupBatchNorm, and what it stands for in Flax."""
+    flax_norm = nn.BatchNorm(axis=-2, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name)
+    ours = pdo.GroupBatchNorm(dtype=dtype, axis_name=axis_name)
+    return (lambda v, x, train: ours.apply(v, x, train, mutable="batch_stats"),
+            lambda v, x, train: flax_norm.apply(v, x, use_running_average=not train, mutable="batch_stats"))
+
+
+def norm_variables(channels):
+    random = np.random.default_rng(5)
+    scale, bias, mean, var = random.uniform(0.5, 2.0, size=(4, channels)).astype(np.float32)
+    return {"params": {"scale": scale, "bias": bias}, "batch_stats": {"mean": mean, "var": var}}
+
+
+def norm_results(norm, variables, x, train):
+    """Output, new statistics, and the gradients to parameters and input of a random linear loss."""
+    weight = normal(*x.shape, seed=7)
+
+    def loss(params, x):
+        y, new = norm({**variables, "params": params}, x, train)
+        return (y.astype(jnp.float32) * weight).sum(), (y, new["batch_stats"])
+
+    (_, (y, new)), (dparams, dx) = jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(variables["params"], x)
+    return {"y": y, **new, **{f"d{k}": v for k, v in dparams.items()}, "dx": dx}
+
+
+def assert_same(found, expected, tolerance):
+    for name, e in expected.items():
+        f, e = np.asarray(found[name].astype(jnp.float32)), np.asarray(e.astype(jnp.float32))
+        np.testing.assert_allclose(f, e, atol=tolerance * max(1, np.abs(e).max()), err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 3, 2), (3, 5, 4, 3, 8), (2, 3, 4, 2, 3, 12), (16, 3, 8)], ids=str)
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_equals_flax(shape, train):
+    """Values, running statistics and gradients are those of nn.BatchNorm over the channel axis (-2), in float32."""
+    variables, x = norm_variables(3), normal(*shape)
+    found, expected = (norm_results(norm, variables, x, train) for norm in norms())
+    assert found["y"].dtype == found["dx"].dtype == jnp.float32
+    assert_same(found, expected, 1e-5)
+
+
+def test_batch_norm_in_bfloat16():
+    """Values and gradients agree with float32 to bfloat16's precision; statistics are float32 and agree closely."""
+    variables, x = norm_variables(3), normal(8, 6, 6, 3, 8, dtype=jnp.bfloat16)
+    found = norm_results(norms()[0], variables, x, True)
+    assert found["y"].dtype == found["dx"].dtype == jnp.bfloat16 and found["mean"].dtype == found["dscale"].dtype == jnp.float32
+    expected = norm_results(norms()[1], variables, x.astype(jnp.float32), True)
+    assert_same(found, expected, 2e-2)
+    assert_same({k: found[k] for k in ("mean", "var")}, {k: expected[k] for k in ("mean", "var")}, 1e-5)
+    wide = norm_results(norms(dtype=jnp.float32)[0], variables, x, True)
+    assert wide["y"].dtype == jnp.float32
+    assert_same(wide, {k: v for k, v in expected.items() if k != "dx"}, 1e-5)
+
+
+def test_batch_norm_at_initialisation():
+    """Zero mean and unit variance of the output in training; the identity in evaluation; parameters one per channel."""
+    x, norm = normal(8, 5, 5, 3, 8), pdo.GroupBatchNorm()
+    y, variables = norm.init_with_output(jax.random.key(0), x, True)
+    np.testing.assert_allclose(y.mean((0, 1, 2, 4)), 0, atol=1e-5)
+    np.testing.assert_allclose(y.var((0, 1, 2, 4)), 1, atol=1e-4)
+    assert jax.tree.map(jnp.shape, variables) == {"params": {"scale": (3,), "bias": (3,)}, "batch_stats": {"mean": (3,), "var": (3,)}}
+    np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
+    np.testing.assert_allclose(norm.apply(variables, x, False), x, rtol=1e-4)
+
+
+def test_batch_norm_over_a_mapped_axis_is_that_of_the_whole_batch():
+    """With axis_name on a batch in two parts: outputs, statistics and gradients equal those of the batch in one."""
+    variables, x, weight = norm_variables(3), normal(6, 4, 4, 3, 8), normal(6, 4, 4, 3, 8, seed=7)
+
+    def loss(norm, params, x, weight):
+        y, new = norm({**variables, "params": params}, x, True)
+        return (y * weight).sum(), (y, new["batch_stats"])
+
+    def gradients(norm, x, weight):  # parameters: of the local loss; the input: of the sum of all local losses
+        return jax.value_and_grad(functools.partial(loss, norm), (0, 1), has_aux=True)(variables["params"], x, weight)
+
+    parts = [v.reshape(2, 3, *v.shape[1:]) for v in (x, weight)]
+    (values, (y, stats)), (dparams, dx) = jit(jax.vmap(
+        functools.partial(gradients, norms(axis_name="data")[0]), axis_name="data"))(*parts)
+    (value, (whole_y, whole_stats)), (whole_dparams, whole_dx) = jit(functools.partial(gradients, norms()[0]))(x, weight)
+    np.testing.assert_allclose(values.sum(), value, rtol=1e-4)
+    np.testing.assert_allclose(y.reshape(x.shape), whole_y, atol=1e-5)
+    np.testing.assert_allclose(dx.reshape(x.shape), whole_dx, atol=1e-5)
+    for name in ("mean", "var"):
+        np.testing.assert_allclose(stats[name], np.stack([whole_stats[name]] * 2), rtol=1e-5)
+    for name in ("scale", "bias"):
+        np.testing.assert_allclose(dparams[name].sum(0), whole_dparams[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("group, space", [(LINE, (5,)), (P4M, (4, 4)), (O_H, (3, 3, 3))], ids=["line", "p4m", "O_h"])
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_is_equivariant(group, space, train):
+    """norm(A·F) = A·norm(F), and the statistics of A·F are those of F; so for any permutation of the group axis."""
+    variables, x = norm_variables(2), np.asarray(normal(2, *space, 2, group.order))
+    apply = jit(functools.partial(norms()[0], train=train))
+    y, new = apply(variables, x)
+    turned = [(turn(x, group, a), turn(y, group, a)) for a in range(1, group.order, 5)]
+    shuffled = np.random.default_rng(0).permutation(group.order)
+    for x_turned, expected in [*turned, (x[..., shuffled], np.asarray(y)[..., shuffled])]:
+        found, found_new = apply(variables, x_turned)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-5), found_new, new)
+
+
+# Dropout.
+
+
+@pytest.mark.parametrize("space", [(40,), (10, 7), (5, 4, 3)], ids=str)
+@pytest.mark.parametrize("channels", [False, True])
+def test_dropout_masks_are_shared_over_the_group(space, channels):
+    """A point is kept, and scaled by 1 / (1 - rate), for all orientations or for none; with channels=True so is all of space."""
+    rate, x = 0.25, jnp.ones((40, *space, 5, 4))
+    layer = pdo.GroupDropout(rate, channels=channels)
+    y = np.asarray(jit(lambda key: layer.apply({}, x, True, rngs={"dropout": key}))(jax.random.key(0)))
+    np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - rate)], rtol=1e-4)
+    shared = y[:, *[slice(0, 1)] * len(space), :, :1] if channels else y[..., :1]
+    np.testing.assert_array_equal(y, np.broadcast_to(shared, y.shape))
+    draws = shared.size
+    assert abs((shared > 0).mean() - (1 - rate)) < 4 * np.sqrt(rate * (1 - rate) / draws)
+    for axis in range(y.ndim - 1):  # and nothing else is shared
+        if not (channels and 1 <= axis <= len(space)):
+            assert (shared != np.roll(shared, 1, axis)).any()
+
+
+def test_dropout_is_equivariant_to_the_group_axis():
+    """With one random stream, dropout(A·F) = A·dropout(F) for a permutation A of the group axis: the mask does not see it."""
+    x, shuffled = normal(3, 4, 4, 2, 8), np.random.default_rng(0).permutation(8)
+    drop = jit(lambda x: pdo.GroupDropout(0.5).apply({}, x, True, rngs={"dropout": jax.random.key(1)}))
+    np.testing.assert_array_equal(drop(x[..., shuffled]), drop(x)[..., shuffled])
+
+
+def test_dropout_in_evaluation_is_the_identity():
+    """Without training, or at rate 0, nothing is dropped and no random stream is needed; training needs one."""
+    x = normal(2, 3, 3, 2, 4)
+    np.testing.assert_array_equal(pdo.GroupDropout(0.5).apply({}, x, False), x)
+    np.testing.assert_array_equal(pdo.GroupDropout(0.0).apply({}, x, True), x)
+    with pytest.raises(Exception, match="dropout"):
+        pdo.GroupDropout(0.5).apply({}, x, True)
+
+
+@pytest.mark.parametrize("rate", [1e-7, 1 - 1e-7])
+def test_dropout_at_extreme_rates(rate):
+    """Rates beyond the mask's resolution are allowed and do what is next to them; bfloat16 stays bfloat16."""
+    x = jnp.ones((2, 3, 3, 2, 4), jnp.bfloat16)
+    y = pdo.GroupDropout(rate).apply({}, x, True, rngs={"dropout": jax.random.key(0)})
+    assert y.dtype == x.dtype
+    np.testing.assert_array_equal(y, x if rate < 0.5 else 0 * x)
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1, 2, float("nan")])
+def test_bad_rates_are_named(rate):
+    """A rate outside [0, 1) raises ValueError, in evaluation too."""
+    for train in (True, False):
+        with pytest.raises(ValueError, match=r"\[0, 1\), got"):
+            pdo.GroupDropout(rate).apply({}, jnp.ones((1, 2, 2, 1, 4)), train, rngs={"dropout": jax.random.key(0)})
+
+
+# Pooling.
+
+POOLS = {"max": pdo.max_pool, "mean": pdo.mean_pool, "blur": pdo.blur_pool, "max 3/2": lambda x: pdo.max_pool(x, 3, 2),
+         "mean 3/2": lambda x: pdo.mean_pool(x, 3, 2), "max 3": lambda x: pdo.max_pool(x, 3), "mean 2/1": lambda x: pdo.mean_pool(x, 2, 1)}
+SPACES = [(LINE, (6,)), (LINE, (7,)), (P4M, (6, 6)), (P4M, (7, 7)), (P4M, (6, 9)), (P4M, (5, 7)), (O_H, (4, 4, 4)), (O_H, (3, 5, 4))]
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+@pytest.mark.parametrize("group, space", SPACES, ids=lambda v: str(getattr(v, "name", v)))
+def test_pooling_keeps_every_symmetry_of_the_grid(pool, group, space):
+    """pool(A·F) = A·pool(F) for every A that preserves the grid, on even, odd and rectangular grids; constants stay."""
+    x = np.asarray(normal(2, *space, 1, group.order))
+    pool = jit(pool)
+    y = pool(x)
+    for a in np.flatnonzero(group.preserves_grid)[:: max(1, group.order // 8)]:
+        np.testing.assert_allclose(pool(turn(x, group, a)), turn(y, group, a), atol=1e-6)
+    np.testing.assert_allclose(pool(np.full_like(x, 1.7)), 1.7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pool, sizes", [
+    (pdo.max_pool, {2: 1, 3: 1, 6: 3, 7: 3, 28: 14}), (pdo.mean_pool, {2: 1, 5: 2, 8: 4}), (pdo.blur_pool, {1: 1, 2: 1, 5: 3, 6: 3}),
+    (lambda x: pdo.max_pool(x, 3, 2), {3: 1, 4: 1, 7: 3, 8: 3}), (lambda x: pdo.mean_pool(x, 2, 1), {4: 3, 5: 4}),
+    (lambda x: pdo.max_pool(x, 1), {4: 4}),
+], ids=["max", "mean", "blur", "max 3/2", "mean 2/1", "max 1"])
+def test_pooled_sizes(pool, sizes):
+    """An even axis gives size / 2 points, an odd one (size - 1) / 2, a blurred one the ceiling; the dtype stays."""
+    for size, expected in sizes.items():
+        y = jax.eval_shape(pool, jnp.ones((2, size, size + 2, 3, 4), jnp.bfloat16))
+        assert y.shape[1] == expected and (y.shape[0], *y.shape[3:]) == (2, 3, 4) and y.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("shape, window, strides", [
+    ((2, 6, 4, 2, 3), 2, None), ((2, 7, 6, 2, 3), 2, None), ((1, 7, 2, 1), 3, 2), ((1, 4, 5, 3, 2, 1), 2, 1), ((2, 9, 9, 1, 2), 3, 3)])
+def test_pools_equal_a_plain_loop(shape, window, strides):
+    """Maximum and mean over windows that start every ``strides`` points and are longer where the axis asks for it."""
+    x, step = np.asarray(normal(*shape)), strides or window
+    reach = [window + (s - window) % step for s in shape[1:-2]]
+    counts = [(s - r) // step + 1 for s, r in zip(shape[1:-2], reach, strict=True)]
+    for pool, reduce in ((pdo.max_pool, np.max), (pdo.mean_pool, np.mean)):
+        y = np.asarray(jit(lambda x, pool=pool: pool(x, window, strides))(x))
+        assert y.shape == (shape[0], *counts, *shape[-2:])
+        for where in itertools.product(*map(range, counts)):
+            box = tuple(slice(w * step, w * step + r) for w, r in zip(where, reach, strict=True))
+            expected = reduce(x[(slice(None), *box)], axis=tuple(range(1, 1 + len(reach))))
+            np.testing.assert_allclose(y[(slice(None), *where)], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("space, window, strides", [((6, 4), 2, None), ((7, 6), 2, None), ((7, 7), 3, 2), ((9,), 3, None)])
+def test_gradient_of_max_pool(space, window, strides):
+    """The hand-written gradient equals automatic differentiation of plain slices; equal shares at ties, so that it is equivariant."""
+    x = normal(2, *space, 2, 3)
+    dy = normal(*jax.eval_shape(lambda x: pdo.max_pool(x, window, strides), x).shape, seed=1)
+
+    def plain(x):  # one axis after another: a maximum of maxima
+        for axis, size in enumerate(space, 1):
+            step = strides or window
+            reach = window + (size - window) % step
+            views = [jax.lax.slice_in_dim(x, k, size - reach + k + 1, step, axis) for k in range(reach)]
+            x = jnp.stack(views).max(0)
+        return x
+
+    found, expected = (jit(jax.grad(lambda x, f=f: (f(x) * dy).sum()))(x) for f in (
+        lambda x: pdo.max_pool(x, window, strides), plain))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    flat = jit(jax.grad(lambda x: (pdo.max_pool(x, window, strides)).sum()))(jnp.ones_like(x))  # all tie
+    np.testing.assert_allclose(flat, jnp.flip(flat, range(1, 1 + len(space))), atol=1e-6)
+    np.testing.assert_allclose(flat.sum(), dy.size, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool", [pdo.max_pool, pdo.mean_pool])
+def test_bad_windows_are_named(pool):
+    """A window larger than an axis, or one that is not positive, raises ValueError with the shape."""
+    x = jnp.ones((1, 5, 3, 2, 4))
+    with pytest.raises(ValueError, match=r"window of 4 does not fit .*\(1, 5, 3, 2, 4\)"):
+        pool(x, 4)
+    for window, strides in ((0, None), (2, 0), (2, -1)):
+        with pytest.raises(ValueError, match="must be positive"):
+            pool(x, window, strides)
+
+
+@pytest.mark.parametrize("reduce, numpy_reduce", [("mean", np.mean), ("max", np.max)])
+def test_group_pool_is_invariant(reduce, numpy_reduce):
+    """The mean or maximum over the last axis; a permutation of it changes nothing."""
+    x = np.asarray(normal(2, 4, 4, 3, 8))
+    y = pdo.group_pool(x, reduce)
+    np.testing.assert_allclose(y, numpy_reduce(x, -1), rtol=1e-5)
+    for a in np.flatnonzero(P4M.preserves_grid):
+        np.testing.assert_allclose(pdo.group_pool(turn(x, P4M, a), reduce)[..., None],
+                                   turn(np.repeat(y[..., None], 8, -1), P4M, a)[..., :1], atol=1e-6)
+    with pytest.raises(ValueError, match="\"mean\" or \"max\", got 'sum'"):
+        pdo.group_pool(x, "sum")
