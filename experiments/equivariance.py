@@ -254,7 +254,7 @@ def trained(path: Path, runs: Path, turns: int = 24, images: int = 500) -> list[
     for axes in (left, right):
         axes.set(xlabel="further turn of the test digits, degrees", xticks=range(0, 361, 45))
         axes.grid(True, alpha=0.3)
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), ncols=4, fontsize=9, loc="outside lower center")
     figure.savefig(path, dpi=100)
     return rows
 

@@ -350,12 +350,12 @@ def equivariance_error(model: Model, variables, images) -> dict[str, float] | No
         return None
     logits = jax.jit(lambda x: model.logits(variables, x, train=False))
     errors = pdo.equivariance.error(logits, jnp.asarray(images), group).tolist()
-    return dict(zip(map(element_name, group.elements), errors, strict=True))
+    return {element_name(k, matrix): error for k, (matrix, error) in enumerate(zip(group.elements, errors, strict=True))}
 
 
-def element_name(matrix: np.ndarray) -> str:
-    """In the plane "turn 45", in degrees, or "mirror 45" where axis 1 is mirrored first; elsewhere the matrix."""
+def element_name(index: int, matrix: np.ndarray) -> str:
+    """In the plane "turn 45", in degrees, or "mirror 45" where axis 1 is mirrored first; elsewhere the element's index."""
     if matrix.shape != (2, 2):
-        return str(np.round(matrix, 2).tolist())
+        return f"element {index}"
     angle = round(math.degrees(math.atan2(matrix[1, 0], matrix[0, 0]))) % 360
     return f"{'turn' if np.linalg.det(matrix) > 0 else 'mirror'} {angle}"

@@ -29,16 +29,17 @@ class VolumeNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        conv = partial(pdo.GroupConv, group=self.group, kernel_size=3, basis=2, dtype=self.dtype)
+        options = dict(group=self.group, dtype=self.dtype)
+        operators = dict(options, kernel_size=3, basis=2)
 
         def activate(x):
             return nn.relu(pdo.GroupBatchNorm(axis_name=self.axis_name)(x, train))
 
         first, second, third = self.widths
-        x = pdo.LiftingConv(first, self.group, kernel_size=3, basis=2, strides=2, dtype=self.dtype)(x)
-        x = conv(second)(pdo.blur_pool(activate(x)))
-        x = conv(third, padding="VALID")(activate(x))
-        x = activate(pdo.GroupConv(self.head_features, self.group, kernel_size=1, dtype=self.dtype)(activate(x)))
+        x = pdo.LiftingConv(first, strides=2, **operators)(x)
+        x = pdo.GroupConv(second, **operators)(pdo.blur_pool(activate(x)))
+        x = pdo.GroupConv(third, padding="VALID", **operators)(activate(x))
+        x = activate(pdo.GroupConv(self.head_features, kernel_size=1, **options)(activate(x)))
         x = pdo.group_pool(x.astype(jnp.float32).mean((1, 2, 3)), "max")
         return nn.Dense(self.num_classes)(x)
 

@@ -120,7 +120,7 @@ class GroupDropout(nn.Module):
             return x
         batch, *space, channels, _ = x.shape
         space = [1] * len(space) if self.channels else space
-        keep = round((1 - self.rate) * 2**16)  # the rate to 16 bits; the mask is made in the layout of keep_layout
+        keep = min(max(round((1 - self.rate) * 2**16), 1), 2**16 - 1)  # to 16 bits; the mask is made in keep_layout's layout
         mask = jax.random.bits(self.make_rng("dropout"), (channels, 1, *space, batch), jnp.uint16) < keep
         mask = keep_layout(mask.transpose(mask.ndim - 1, *range(2, mask.ndim - 1), 0, 1))
         return jnp.where(mask, keep_layout(x) * np.float32(2**16 / keep).astype(x.dtype), 0)

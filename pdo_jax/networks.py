@@ -111,9 +111,9 @@ class ResNet(nn.Module):
 
         x = LiftingConv(self.widths[0], kernel_size=self.kernel_size, basis=self.basis, frame=self.frame, **options)(
             x.astype(self.dtype))
-        for width in self.widths:
+        for stage, width in enumerate(self.widths):
             for block in range(self.blocks):
-                down = 2 if block == 0 and width is not self.widths[0] else 1
+                down = 2 if stage and block == 0 else 1
                 y, strides = activate(x), down
                 if down == 2 and self.downsample == "pool":
                     x, y, strides = layers.mean_pool(x), layers.mean_pool(y), 1

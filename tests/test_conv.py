@@ -16,7 +16,8 @@ from pdo_jax import fields, groups, operators, stencils
 LINE, P4, P6, P8, P4M, P6M = (groups.reflection(1), groups.cyclic(4), groups.cyclic(6), groups.cyclic(8), groups.dihedral(4),
                               groups.dihedral(6))
 TETRA, CUBE, O_H, ICOSA = groups.tetrahedral(), groups.octahedral(), groups.octahedral(True), groups.icosahedral()
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # much is compiled, little computed
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # much is compiled, little computed
+jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def shape(batch, space, channels, law):
@@ -138,7 +139,7 @@ class Tiny(nn.Module):
         return conv(padding="CIRCULAR")(x)
 
 
-@pytest.mark.parametrize("group, kernel_size", [(LINE, 5), (P4, 5), (P8, 5), (P4M, 3), (P6M, 3), (O_H, 3), (ICOSA, 3)],
+@pytest.mark.parametrize("group, kernel_size", [(LINE, 5), (P8, 5), (P4M, 3), (P6M, 3), (O_H, 3), (ICOSA, 3)],
                          ids=lambda v: getattr(v, "name", v))
 def test_a_network_stays_equivariant_while_it_learns(group, kernel_size):
     """A stack of layers commutes with the group to 1e-5, freshly initialised and after three steps of Adam."""

@@ -26,7 +26,7 @@ def turn(x, group, a):
     source = np.abs(matrix).argmax(1)
     x = np.transpose(np.asarray(x), [0, *(1 + source), 1 + group.dim, 2 + group.dim])
     x = np.flip(x, [1 + i for i in range(group.dim) if matrix[i, source[i]] < 0])
-    return x[..., [group.index(group.elements[a].T @ b) for b in group.elements]]
+    return x[..., group.table[group.inverse[a]]]
 
 
 # Batch norm.
@@ -93,7 +93,8 @@ def test_batch_norm_at_initialisation():
     y, variables = norm.init_with_output(jax.random.key(0), x, True)
     np.testing.assert_allclose(y.mean((0, 1, 2, 4)), 0, atol=1e-5)
     np.testing.assert_allclose(y.var((0, 1, 2, 4)), 1, atol=1e-4)
-    assert jax.tree.map(jnp.shape, variables) == {"params": {"scale": (3,), "bias": (3,)}, "batch_stats": {"mean": (3,), "var": (3,)}}
+    assert {k: sorted(v) for k, v in variables.items()} == {"params": ["bias", "scale"], "batch_stats": ["mean", "var"]}
+    assert {v.shape for v in jax.tree.leaves(variables)} == {(3,)}
     np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
     np.testing.assert_allclose(norm.apply(variables, x, False), x, rtol=1e-4)
 
@@ -143,7 +144,7 @@ def test_batch_norm_is_equivariant(group, space, train):
 @pytest.mark.parametrize("space", [(40,), (10, 7), (5, 4, 3)], ids=str)
 @pytest.mark.parametrize("channels", [False, True])
 def test_dropout_masks_are_shared_over_the_group(space, channels):
-    """A point is kept, and scaled by 1 / (1 - rate), for all orientations or for none; with channels=True so is all of space."""
+    """A point is kept, and divided by 1 - rate, for all orientations or for none; with channels=True so is all of space."""
     rate, x = 0.25, jnp.ones((40, *space, 5, 4))
     layer = pdo.GroupDropout(rate, channels=channels)
     y = np.asarray(jit(lambda key: layer.apply({}, x, True, rngs={"dropout": key}))(jax.random.key(0)))
@@ -192,9 +193,13 @@ def test_bad_rates_are_named(rate):
 
 # Pooling.
 
-POOLS = {"max": pdo.max_pool, "mean": pdo.mean_pool, "blur": pdo.blur_pool, "max 3/2": lambda x: pdo.max_pool(x, 3, 2),
-         "mean 3/2": lambda x: pdo.mean_pool(x, 3, 2), "max 3": lambda x: pdo.max_pool(x, 3), "mean 2/1": lambda x: pdo.mean_pool(x, 2, 1)}
-SPACES = [(LINE, (6,)), (LINE, (7,)), (P4M, (6, 6)), (P4M, (7, 7)), (P4M, (6, 9)), (P4M, (5, 7)), (O_H, (4, 4, 4)), (O_H, (3, 5, 4))]
+POOLS = {
+    "max": pdo.max_pool, "mean": pdo.mean_pool, "blur": pdo.blur_pool, "max 3": lambda x: pdo.max_pool(x, 3),
+    "max 3/2": lambda x: pdo.max_pool(x, 3, 2), "mean 3/2": lambda x: pdo.mean_pool(x, 3, 2),
+    "mean 2/1": lambda x: pdo.mean_pool(x, 2, 1),
+}
+SPACES = [(LINE, (6,)), (LINE, (7,)), (P4M, (6, 6)), (P4M, (7, 7)), (P4M, (6, 9)), (P4M, (5, 7)), (O_H, (4, 4, 4)),
+          (O_H, (3, 5, 4))]
 
 
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
@@ -204,15 +209,15 @@ def test_pooling_keeps_every_symmetry_of_the_grid(pool, group, space):
     x = np.asarray(normal(2, *space, 1, group.order))
     pool = jit(pool)
     y = pool(x)
-    for a in np.flatnonzero(group.preserves_grid)[:: max(1, group.order // 8)]:
+    for a in np.flatnonzero(group.preserves_grid):
         np.testing.assert_allclose(pool(turn(x, group, a)), turn(y, group, a), atol=1e-6)
     np.testing.assert_allclose(pool(np.full_like(x, 1.7)), 1.7, rtol=1e-6)
 
 
 @pytest.mark.parametrize("pool, sizes", [
-    (pdo.max_pool, {2: 1, 3: 1, 6: 3, 7: 3, 28: 14}), (pdo.mean_pool, {2: 1, 5: 2, 8: 4}), (pdo.blur_pool, {1: 1, 2: 1, 5: 3, 6: 3}),
-    (lambda x: pdo.max_pool(x, 3, 2), {3: 1, 4: 1, 7: 3, 8: 3}), (lambda x: pdo.mean_pool(x, 2, 1), {4: 3, 5: 4}),
-    (lambda x: pdo.max_pool(x, 1), {4: 4}),
+    (pdo.max_pool, {2: 1, 3: 1, 6: 3, 7: 3, 28: 14}), (pdo.mean_pool, {2: 1, 5: 2, 8: 4}),
+    (pdo.blur_pool, {1: 1, 2: 1, 5: 3, 6: 3}), (lambda x: pdo.max_pool(x, 3, 2), {3: 1, 4: 1, 7: 3, 8: 3}),
+    (lambda x: pdo.mean_pool(x, 2, 1), {4: 3, 5: 4}), (lambda x: pdo.max_pool(x, 1), {4: 4}),
 ], ids=["max", "mean", "blur", "max 3/2", "mean 2/1", "max 1"])
 def test_pooled_sizes(pool, sizes):
     """An even axis gives size / 2 points, an odd one (size - 1) / 2, a blurred one the ceiling; the dtype stays."""
@@ -222,7 +227,8 @@ def test_pooled_sizes(pool, sizes):
 
 
 @pytest.mark.parametrize("shape, window, strides", [
-    ((2, 6, 4, 2, 3), 2, None), ((2, 7, 6, 2, 3), 2, None), ((1, 7, 2, 1), 3, 2), ((1, 4, 5, 3, 2, 1), 2, 1), ((2, 9, 9, 1, 2), 3, 3)])
+    ((2, 6, 4, 2, 3), 2, None), ((2, 7, 6, 2, 3), 2, None), ((1, 7, 2, 1), 3, 2), ((1, 4, 5, 3, 2, 1), 2, 1),
+    ((2, 9, 9, 1, 2), 3, 3)])
 def test_pools_equal_a_plain_loop(shape, window, strides):
     """Maximum and mean over windows that start every ``strides`` points and are longer where the axis asks for it."""
     x, step = np.asarray(normal(*shape)), strides or window
@@ -239,7 +245,7 @@ def test_pools_equal_a_plain_loop(shape, window, strides):
 
 @pytest.mark.parametrize("space, window, strides", [((6, 4), 2, None), ((7, 6), 2, None), ((7, 7), 3, 2), ((9,), 3, None)])
 def test_gradient_of_max_pool(space, window, strides):
-    """The hand-written gradient equals automatic differentiation of plain slices; equal shares at ties, so that it is equivariant."""
+    """The hand-written gradient equals automatic differentiation of slices; ties get equal shares, which is equivariant."""
     x = normal(2, *space, 2, 3)
     dy = normal(*jax.eval_shape(lambda x: pdo.max_pool(x, window, strides), x).shape, seed=1)
 

@@ -16,7 +16,8 @@ FAST = [name for name in lowering.LOWERINGS if name not in ("auto", "dense")]
 P4, P6, P8, P4M = groups.cyclic(4), groups.cyclic(6), groups.cyclic(8), groups.dihedral(4)
 LINE, T, O_H = groups.reflection(1), groups.tetrahedral(), groups.octahedral(True)
 POINT = groups.from_generators([-np.eye(3)], name="point reflection")
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # much is compiled, little computed
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # much is compiled, little computed
+jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def shifted(alpha, size):
@@ -99,7 +100,7 @@ def arguments(case):
 
 
 @functools.lru_cache
-def results(case, name, dtype=None):
+def results(case, name, dtype=None, jit=jit):
     """The output, and the gradients to parameters and input for one random cotangent."""
 
     @jit
@@ -129,9 +130,9 @@ def test_values_and_gradients_equal_dense(name, case):
 
 
 @ALL
-@pytest.mark.parametrize("name", lowering.LOWERINGS[1:])
+@pytest.mark.parametrize("name", FAST)
 def test_bfloat16_is_close_to_float32(name, case):
-    """bfloat16 operands, of any lowering: within 2e-2 of the float32 dense convolution; parameters keep float32."""
+    """bfloat16 operands: within 2e-2 of the float32 dense convolution; parameters keep float32."""
     found = results(case, name, jnp.bfloat16)
     assert [v.dtype for v in found] == [jnp.bfloat16, jnp.float32, jnp.float32]
     assert_close(found, results(case, "dense"), 2e-2)
@@ -154,8 +155,9 @@ def test_dense_equals_a_plain_loop():
 
 
 def test_auto_is_one_of_the_lowerings():
-    """"auto" gives the same numbers as dense."""
-    assert_close(results(CASES["p8, reference"], "auto"), results(CASES["p8, reference"], "dense"), 1e-5)
+    """"auto" gives the same numbers as dense, here compiled with all optimisations."""
+    case = CASES["p8, reference"]
+    assert_close(results(case, "auto", jit=jax.jit), results(case, "dense"), 1e-5)
 
 
 @pytest.mark.parametrize("name", lowering.LOWERINGS[1:])

@@ -1,0 +1,155 @@
+"""Networks: golden parameter counts, invariance before and after training, shapes, dtypes, bad settings."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import pdo_jax as pdo
+from pdo_jax import groups
+from pdo_jax.networks import PAPER, MnistRotNet, ResNet
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # much is compiled, little computed
+jit = functools.partial(jax.jit, compiler_options=QUICK)
+
+
+def parameters(network, *shape):
+    variables = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros(shape))
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(variables["params"]))
+
+
+def test_parameters_of_the_mnist_network():
+    """26 747 with the paper's flattening head, as in the paper; the invariant head has its own number."""
+    assert parameters(MnistRotNet(head="paper"), 1, 28, 28, 1) == 26_747
+    pointwise, norm, linear = 7 * 8 * 64, 2 * 64, 64 * 10 + 10
+    assert parameters(MnistRotNet(), 1, 28, 28, 1) == 26_747 - 4 * 4 * 56 * 10 + pointwise + norm + linear
+
+
+@pytest.mark.parametrize("name, ten, hundred, paper", [
+    ("p8", 2_621_693, 2_654_183, 2.62e6), ("p6", 362_386, 376_516, 0.36e6), ("p6m", 372_587, 392_117, 0.37e6),
+    ("p8_wide", 4_591_630, 4_649_320, 4.6e6)])
+def test_parameters_of_the_papers_resnets(name, ten, hundred, paper):
+    """The numbers of the paper's table for CIFAR-10, and those of the wider head for CIFAR-100."""
+    assert parameters(PAPER[name](), 1, 32, 32, 3) == ten
+    assert parameters(PAPER[name](num_classes=100), 1, 32, 32, 3) == hundred
+    assert abs(ten / paper - 1) < 0.01
+
+
+def test_depth_of_the_papers_resnets():
+    """6 · blocks + 2: 26 for p6, p6m and the wide p8, 44 for p8; two layers a block, the first one and the linear one."""
+    assert {name: 6 * network.keywords["blocks"] + 2 for name, network in PAPER.items()} == {
+        "p6": 26, "p6m": 26, "p8": 44, "p8_wide": 26}
+    variables = jax.eval_shape(PAPER["p6"]().init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    spatial = [k for k, v in variables.items() if "Conv" in k and v["kernel"].shape[0] == 9]
+    assert len(spatial) == 25 and sum("Conv" in k for k in variables) == 27  # and two shortcuts
+
+
+def train(network, x, steps=2):
+    """The variables at initialisation and after a few steps of Adam on random labels."""
+    variables = jit(network.init)(jax.random.key(0), x)
+    labels, optimizer = np.arange(len(x)), optax.adam(1e-2)
+
+    @jit
+    def step(variables, state, key):
+        def loss(params):
+            logits, new = network.apply({**variables, "params": params}, x, train=True, mutable="batch_stats",
+                                        rngs={"dropout": key})
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
+
+        gradient, new = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, state = optimizer.update(gradient, state)
+        return {"params": optax.apply_updates(variables["params"], updates), **new}, state
+
+    trained, state = variables, optimizer.init(variables["params"])
+    for k in range(steps):
+        trained, state = step(trained, state, jax.random.key(k))
+    return variables, trained
+
+
+CUBE = groups.octahedral()
+POOLED = functools.partial(ResNet, blocks=1, downsample="pool", invariant=True)
+INVARIANT = {
+    "mnist": (MnistRotNet(), (28, 28), 1),
+    "resnet, p8": (POOLED(group=groups.cyclic(8), widths=(2, 3, 4)), (8, 8), 3),
+    "resnet, p6m": (POOLED(group=groups.dihedral(6), widths=(2, 3), kernel_size=3), (4, 6), 1),
+    "resnet, volumes": (POOLED(group=CUBE, widths=(2, 2), kernel_size=3), (4, 4, 4), 1),
+}
+
+
+@pytest.mark.parametrize("network, space, channels", INVARIANT.values(), ids=INVARIANT)
+def test_logits_do_not_change_under_the_grids_own_turns(network, space, channels):
+    """Every element that preserves the (even) grid leaves the logits alone to 1e-5, at initialisation and after training."""
+    x = np.random.default_rng(0).normal(size=(2, *space, channels)).astype(np.float32)
+    apply = jit(network.apply)
+    before, after = train(network, x)
+    for variables in (before, after):
+        logits = np.asarray(apply(variables, x))
+        assert logits.shape == (2, 10) and logits.dtype == np.float32
+        assert np.abs(logits[0] - logits[1]).max() > 1e-3  # it sees something
+        for matrix in network.group.elements[network.group.preserves_grid]:
+            turned = apply(variables, np.asarray(groups.transform(x, matrix)))
+            np.testing.assert_allclose(turned, logits, atol=1e-5 * np.abs(logits).max())
+    assert not np.allclose(apply(before, x), apply(after, x), atol=1e-3)
+
+
+def test_stride_and_pool_differ_in_symmetry():
+    """On an even grid the paper's strides break the quarter turns, and the mean pooling keeps them."""
+    x = np.random.default_rng(0).normal(size=(1, 8, 8, 1)).astype(np.float32)
+    errors = {}
+    for downsample in ("stride", "pool"):
+        network = ResNet(group=groups.cyclic(4), widths=(2, 3), blocks=1, invariant=True, downsample=downsample)
+        variables = jit(network.init)(jax.random.key(0), x)
+        apply = jit(functools.partial(network.apply, variables))
+        errors[downsample] = pdo.equivariance.error(apply, x, network.group).max()
+    assert errors["pool"] < 1e-5 < 1e-3 < errors["stride"]
+
+
+def test_every_stage_halves_the_resolution():
+    """Also where two stages have one width: 3 blocks of equal width give pointwise shortcuts at stages 2 and 3."""
+    for downsample in ("stride", "pool"):
+        network = ResNet(group=groups.cyclic(4), widths=(2, 2, 2), blocks=1, downsample=downsample)
+        _, seen = jax.eval_shape(functools.partial(network.init_with_output, capture_intermediates=True),
+                                 jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+        sizes = [v["__call__"][0].shape[1] for k, v in seen["intermediates"].items() if "GroupConv" in k]
+        assert sorted(set(sizes)) == [2, 4, 8]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("network, shape", [
+    (MnistRotNet, (2, 28, 28, 1)), (functools.partial(MnistRotNet, head="paper", num_classes=3), (2, 28, 28, 2)),
+    (functools.partial(ResNet, blocks=1, num_classes=100), (3, 9, 8, 3)),
+    (functools.partial(ResNet, blocks=1, group=groups.reflection(1), downsample="pool", invariant=True), (2, 8, 1)),
+], ids=["mnist", "mnist, paper's head", "resnet", "resnet, line"])
+def test_shapes_and_dtypes(network, shape, dtype):
+    """[batch, *space, channels] -> [batch, classes] in float32, whatever the compute dtype; parameters are float32."""
+    network = network(dtype=dtype)
+    x = jnp.zeros(shape)
+    variables = jax.eval_shape(network.init, jax.random.key(0), x)
+    assert {p.dtype for p in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    logits = jax.eval_shape(network.apply, variables, x)
+    assert logits.shape == (shape[0], network.num_classes) and logits.dtype == jnp.float32
+
+
+def test_bfloat16_logits_are_close():
+    """An invariant network in bfloat16 gives the float32 logits to a few per cent."""
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
+    plain, half = (POOLED(widths=(3, 3), dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    variables = jit(plain.init)(jax.random.key(0), x)
+    expected, found = (jit(network.apply)(variables, x) for network in (plain, half))
+    assert np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("network, message", [
+    (MnistRotNet(head="flat"), "\"paper\" or \"invariant\", got 'flat'"),
+    (ResNet(downsample="max"), "\"stride\" or \"pool\", got 'max'"),
+    (MnistRotNet(group=CUBE), "3 axes of space"), (MnistRotNet(lowering="dens"), "lowering must be one of"),
+    (MnistRotNet(basis="papper"), '"paper" or an int'), (MnistRotNet(dropout=1.5), r"\[0, 1\)"),
+])
+def test_bad_settings_are_named(network, message):
+    """A head, down-sampling, group, lowering, basis or rate that cannot be: ValueError with what was given."""
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
