@@ -50,7 +50,7 @@ def convolve(x, coefficients, stencils, indices, *, strides, padding, lowering="
       padding: (before, after) zeros for each axis of space.
       lowering: one of :data:`LOWERINGS`.
       fold: pairs of components, if the layer is equivariant to the point reflection.
-      dtype: type of the operands, by default that of x; products are summed in float32.
+      dtype: type of the operands, by default that of x; "matmul" sums products in float32, also for float64.
 
     Returns:
       [batch, *space', features, out components], of type dtype.
@@ -65,7 +65,7 @@ def convolve(x, coefficients, stencils, indices, *, strides, padding, lowering="
         raise ValueError(f"a kernel of size {size} does not fit an input of shape {space} padded by {padding}")
     x = x.astype(dtype or x.dtype)
     if lowering == "auto":
-        lowering = "matmul" if jax.default_backend() == "cpu" else "dense"
+        lowering = "matmul" if jax.default_backend() == "cpu" and x.dtype != jnp.float64 else "dense"
     if lowering == "dense":
         return _dense(x, expand(coefficients, stencils), strides, padding).reshape(
             *_output_shape(x, size, strides, padding), *coefficients.shape[-2:])

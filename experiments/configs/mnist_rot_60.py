@@ -1,6 +1,8 @@
 """The paper's run on rotated MNIST in 60 epochs instead of 200: the same schedule, scaled by 0.3, in bfloat16.
 
     python -m experiments.main --config experiments/configs/mnist_rot_60.py
+
+Recorded (1 seed, last epoch): 2.61 % test error, 2909 s on two CPU cores that other jobs shared.
 """
 
 from functools import partial

@@ -1,6 +1,8 @@
 """The plain CNN of mnist_rot_cnn.py in 60 epochs, with the schedule of mnist_rot_60.py, in float32.
 
     python -m experiments.main --config experiments/configs/mnist_rot_cnn_60.py
+
+Recorded (1 seed, last epoch): 5.47 % test error, 686 s on two CPU cores that other jobs shared.
 """
 
 from experiments.baselines import MnistRotCNN

@@ -3,7 +3,7 @@
     python -m experiments.main --config experiments/configs/shapes3d_octahedral.py
 
 In training the shapes are tilted by up to 30°, in the test turned at random by any angle; 8 classes, chance is 87.5 % error.
-Recorded (1 seed, last epoch): 28.7 % test error, 326 s on two CPU cores that other jobs shared; the plain CNN of equal
+Recorded (1 seed, last epoch): 28.7 % test error, 396 s on two CPU cores that other jobs shared; the plain CNN of equal
 parameters (shapes3d_cnn.py) gets 78.7 %, and 29.5 % if it is trained on all rotations (--set dataset=shapes3d/turned).
 """
 
