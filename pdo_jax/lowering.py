@@ -67,8 +67,8 @@ def convolve(x, coefficients, stencils, indices, *, strides, padding, lowering="
     if lowering == "auto":
         lowering = "matmul" if jax.default_backend() == "cpu" and x.dtype != jnp.float64 else "dense"
     if lowering == "dense":
-        return _dense(x, expand(coefficients, stencils), strides, padding).reshape(
-            *_output_shape(x, size, strides, padding), *coefficients.shape[-2:])
+        y = _dense(x, expand(coefficients, stencils), strides, padding)
+        return y.reshape(*y.shape[:-1], *coefficients.shape[-2:])
     rows = math.prod(coefficients.shape[1:3]), math.prod(coefficients.shape[3:])
     outer_axes = 0 if 4 * rows[0] <= rows[1] else len(strides) - 1  # few inputs (an image): all factors on the input
     padding = tuple(map(tuple, padding))
@@ -94,10 +94,6 @@ def expand(coefficients, stencils):
     kernel = jnp.tensordot(jnp.asarray(stencils, coefficients.dtype), coefficients, ((0,), (0,)))
     *size, channels, components, features, out = kernel.shape
     return kernel.reshape(*size, channels * components, features * out)
-
-
-def _output_shape(x, size, strides, padding):
-    return (len(x), *((n + sum(p) - size) // s + 1 for n, p, s in zip(x.shape[1:-2], padding, strides, strict=True)))
 
 
 def _dense(x, kernel, strides, padding):
