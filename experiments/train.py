@@ -205,7 +205,7 @@ def epoch_program(config: Config, model: Model, split: datasets.Split, mesh: Mes
 
 
 def uses_convolution(step: Callable, mesh: Mesh, *arguments) -> bool:
-    return "conv_general_dilated" in str(mapped(step, "jit", mesh).trace(*arguments).jaxpr)
+    return "stablehlo.convolution" in mapped(step, "jit", mesh).lower(*arguments).as_text()
 
 
 def evaluation_program(config: Config, model: Model, num_classes: int, mesh: Mesh) -> Callable:

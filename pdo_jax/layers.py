@@ -57,44 +57,54 @@ def _batch_norm(x, scale, bias, epsilon, axis_name, dtype):
     return _batch_norm_forward(x, scale, bias, epsilon, axis_name, dtype)[0]
 
 
-def _batch_norm_forward(x, scale, bias, epsilon, axis_name, dtype):
-    view, restore, axes = _by_channel(x)
-    wide = view(x)
-    mean, square = wide.mean(axes), (wide * wide).mean(axes)
-    if axis_name is not None:
-        mean, square = jax.lax.pmean((mean, square), axis_name)
-    var = jnp.maximum(square - mean * mean, 0)
-    inverse = jax.lax.rsqrt(var + epsilon)
-    factor = scale * inverse
-    y = restore((wide * factor[:, None] + (bias - mean * factor)[:, None]).astype(dtype))
+def _batch_norm_forward(x, scale, bias, *options):
+    y, mean, var, inverse = _by_channel(_normalise, options, x, scale, bias)
     return (y, mean, var), (x, scale, mean, inverse)
 
 
 def _batch_norm_backward(epsilon, axis_name, dtype, residuals, cotangents):
     x, scale, mean, inverse = residuals
-    view, restore, axes = _by_channel(x)
-    wide, dy = view(x), view(cotangents[0])
-    dbias = dy.sum(axes)
-    dscale = ((dy * wide).sum(axes) - mean * dbias) * inverse
-    m_bias, m_scale, count = dbias, dscale, x.size // x.shape[-2]
+    return _by_channel(_normalise_adjoint, (axis_name,), x, cotangents[0], scale, mean, inverse)
+
+
+def _normalise(options, view, restore, total, x, scale, bias):
+    (epsilon, axis_name, dtype), wide, count = options, view(x), x.size // x.shape[-2]
+    mean, square = total(wide) / count, total(wide * wide) / count
     if axis_name is not None:
-        m_bias, m_scale = jax.lax.pmean((dbias, dscale), axis_name)
+        mean, square = jax.lax.pmean((mean, square), axis_name)
+    var = jnp.maximum(square - mean * mean, 0)
+    inverse = jax.lax.rsqrt(var + epsilon)
+    factor = scale * inverse
+    return restore((wide * factor[:, None] + (bias - mean * factor)[:, None]).astype(dtype)), mean, var, inverse
+
+
+def _normalise_adjoint(options, view, restore, total, x, dy, scale, mean, inverse):
+    wide, dy, count = view(x), view(dy), x.size // x.shape[-2]
+    dbias = total(dy)
+    dscale = (total(dy * wide) - mean * dbias) * inverse
+    m_bias, m_scale = dbias, dscale
+    if options[0] is not None:
+        m_bias, m_scale = jax.lax.pmean((dbias, dscale), options[0])
     slope = scale * inverse * inverse * m_scale / count
     constant = scale * inverse * m_bias / count - slope * mean
     dx = (scale * inverse)[:, None] * dy - slope[:, None] * wide - constant[:, None]
     return restore(dx.astype(x.dtype)), dscale, dbias
 
 
-def _by_channel(x):
-    """A float32 view of arrays like x with channels before the last axis, its inverse, and the axes of statistics.
+def _by_channel(function, options, x, *rest):
+    """``function`` with a float32 view of arrays like x with channels before the last axis, its inverse, and sums over all else.
 
-    On a CPU the view is [channels, all else], contiguous in the layout that ``keep_layout`` holds; elsewhere it is x."""
-    if jax.default_backend() != "cpu":
-        return lambda a: a.astype(jnp.float32), lambda a: a, (*range(x.ndim - 2), x.ndim - 1)
+    On a CPU the view is [channels, components · all else], contiguous in the layout that ``keep_layout`` holds, and the sum is
+    one over components, which fuses with what it sums, and then a matrix product; elsewhere the view is x."""
     order = (x.ndim - 2, x.ndim - 1, *range(1, x.ndim - 2), 0)
     shape = [x.shape[i] for i in order]
-    return (lambda a: keep_layout(a).transpose(order).reshape(shape[0], -1).astype(jnp.float32),
-            lambda a: keep_layout(a.reshape(shape).transpose(np.argsort(order))), (1,))
+    cpu = functools.partial(function, options,
+                            lambda a: keep_layout(a).transpose(order).reshape(shape[0], -1).astype(jnp.float32),
+                            lambda a: keep_layout(a.reshape(shape).transpose(np.argsort(order))),
+                            lambda a: a.reshape(*shape[:2], -1).sum(1) @ jnp.ones(a.shape[1] // shape[1]))
+    default = functools.partial(function, options, lambda a: a.astype(jnp.float32), lambda a: a,
+                                lambda a: a.sum((*range(x.ndim - 2), x.ndim - 1)))
+    return jax.lax.platform_dependent(x, *rest, cpu=cpu, default=default)
 
 
 _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)

@@ -63,30 +63,59 @@ def convolve(x, coefficients, stencils, indices, *, strides, padding, lowering="
     size, space = stencils.shape[1], x.shape[1:-2]
     if any(s + sum(p) < size for s, p in zip(space, padding, strict=True)):
         raise ValueError(f"a kernel of size {size} does not fit an input of shape {space} padded by {padding}")
-    x = x.astype(dtype or x.dtype)
-    if lowering == "auto":
-        lowering = "matmul" if jax.default_backend() == "cpu" and x.dtype != jnp.float64 else "dense"
-    if lowering == "dense":
+    program = _program(lowering, stencils.tobytes(), stencils.shape, tuple(indices), tuple(strides), tuple(map(tuple, padding)),
+                       fold)
+    return program(x.astype(dtype or x.dtype), coefficients)
+
+
+@functools.lru_cache(maxsize=256)
+def _program(lowering, data, shape, indices, strides, padding, fold):
+    """The function of (x, coefficients) that computes a layer."""
+    stencils = np.frombuffer(data).reshape(shape)
+
+    def dense(x, coefficients):
         y = _dense(x, expand(coefficients, stencils), strides, padding)
         return y.reshape(*y.shape[:-1], *coefficients.shape[-2:])
-    rows = math.prod(coefficients.shape[1:3]), math.prod(coefficients.shape[3:])
-    outer_axes = 0 if 4 * rows[0] <= rows[1] else len(strides) - 1  # few inputs (an image): all factors on the input
-    padding = tuple(map(tuple, padding))
-    plan = _plan(stencils.tobytes(), stencils.shape, tuple(indices), tuple(strides), padding, fold, outer_axes)
-    return _matmul(x, coefficients, plan)
+
+    def matmul(x, coefficients):
+        rows = math.prod(coefficients.shape[1:3]), math.prod(coefficients.shape[3:])
+        outer_axes = 0 if 4 * rows[0] <= rows[1] else len(strides) - 1  # few inputs (an image): all factors on the input
+        return _matmul(x, coefficients, _plan(data, shape, indices, strides, padding, fold, outer_axes))
+
+    def auto(x, coefficients):
+        return dense(x, coefficients) if x.dtype == jnp.float64 else chosen(x, coefficients)
+
+    chosen = _on_platform(cpu=matmul, default=dense)
+    return jax.jit({"auto": auto, "dense": dense, "matmul": matmul}[lowering])
 
 
-@jax.custom_vjp
+def _on_platform(cpu, default):
+    """Equal functions, of which the platform that the program is compiled for takes one, and its derivative."""
+
+    @jax.custom_vjp
+    def call(*arguments):
+        return jax.lax.platform_dependent(*arguments, cpu=cpu, default=default)
+
+    def backward(arguments, cotangent):
+        cpu_pullback, default_pullback = (lambda a, g, f=f: jax.vjp(f, *a)[1](g) for f in (cpu, default))
+        return jax.lax.platform_dependent(arguments, cotangent, cpu=cpu_pullback, default=default_pullback)
+
+    call.defvjp(lambda *arguments: (call(*arguments), arguments), backward)
+    return call
+
+
 def keep_layout(x):
     """Holds a field [batch, *space, channels, components] and its cotangent in the memory layout of "matmul" on a CPU.
 
     The layers between convolutions call it, so that a stack of them never transposes in memory; elsewhere it does nothing."""
-    if jax.default_backend() != "cpu" or x.ndim < 4:
-        return x
+    return _keep_layout(x) if x.ndim >= 4 else x
+
+
+def _channels_first(x):
     return with_layout_constraint(x, Layout(major_to_minor=(x.ndim - 2, x.ndim - 1, *range(1, x.ndim - 2), 0)))
 
 
-keep_layout.defvjp(lambda x: (keep_layout(x), None), lambda _, g: (keep_layout(g),))
+_keep_layout = jax.jit(_on_platform(cpu=_channels_first, default=lambda x: x))
 
 
 def expand(coefficients, stencils):
