@@ -39,7 +39,7 @@ class _OrbitConv(nn.Module):
         init = self.kernel_init or nn.initializers.normal(bank.scale(channels * components, rectified=lifted))
         w = self.param("kernel", init, (bank.turned.shape[1], channels, components, self.features), self.param_dtype)
         c = kernels.group_coefficients(w, bank, group) if lifted else kernels.lifting_coefficients(w, bank)
-        return _apply(self, x, c, bank, _fold(group, lifted))
+        return _apply(self, x, c, bank, fold(group, lifted), turn(group, lifted))
 
 
 class LiftingConv(_OrbitConv):
@@ -156,7 +156,7 @@ class PDOConv(nn.Module):
         w = self.param("kernel", self.kernel_init or nn.initializers.normal(1 / math.sqrt(fan_in)),
                        (len(bank.basis), x.shape[-2], self.features), self.param_dtype)
         c = jnp.einsum("kif,knoc->nicfo", w, jnp.asarray(bank.basis, w.dtype))
-        return _apply(self, x, c, bank, None)
+        return _apply(self, x, c, bank)
 
 
 class _SteerableBank:
@@ -178,7 +178,7 @@ class _SteerableBank:
 _steerable_bank = functools.lru_cache(maxsize=16)(_SteerableBank)
 
 
-def _apply(module, x, coefficients, bank, fold):
+def _apply(module, x, coefficients, bank, fold=None, turn=None):
     """Pads, convolves and adds the bias of a layer."""
     dim, size = bank.stencils.ndim - 1, bank.stencils.shape[1]
     strides = _per_axis("strides", module.strides, dim)
@@ -192,13 +192,13 @@ def _apply(module, x, coefficients, bank, fold):
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"a convolution is computed in a floating type, got {dtype}")
     y = lowering.convolve(x, coefficients, bank.stencils, bank.indices, strides=strides, padding=padding, fold=fold,
-                          lowering=module.lowering, dtype=dtype)
+                          turn=turn, lowering=module.lowering, dtype=dtype)
     if module.use_bias:
         y = y + module.param("bias", nn.initializers.zeros, (module.features,), module.param_dtype)[:, None].astype(dtype)
     return y
 
 
-def _fold(group, lifted):
+def fold(group, lifted):
     """The pairs of components that the point reflection swaps, where the group holds it."""
     if group.point_reflection is None:
         return None
@@ -206,6 +206,24 @@ def _fold(group, lifted):
     first = np.flatnonzero(np.arange(group.order) < partner)
     pairs = tuple(first.tolist()), tuple(partner[first].tolist())
     return lowering.Fold(pairs if lifted else None, pairs)
+
+
+@functools.lru_cache(maxsize=128)
+def turn(group, lifted):
+    """The orbits of the components under the smallest rotation of a group of the plane."""
+    if group.dim != 2:
+        return None
+    rotations = np.flatnonzero(np.linalg.det(group.elements) > 0)
+    angle = 2 * math.pi / len(rotations)
+    r = next(a for a in rotations if np.allclose(group.elements[a] @ [1, 0], [math.cos(angle), math.sin(angle)]))
+    starts = [0] if len(rotations) == group.order else [0, next(a for a in range(group.order) if a not in rotations)]
+    orbits = []
+    for c in starts:
+        orbit = [c]
+        while len(orbit) < len(rotations):
+            orbit.append(int(group.table[r, orbit[-1]]))
+        orbits.append(tuple(orbit))
+    return lowering.Turn(tuple(orbits) if lifted else None, tuple(orbits))
 
 
 def _padding(padding, dim, size):

@@ -92,7 +92,7 @@ def _normalise_adjoint(options, view, restore, total, x, dy, scale, mean, invers
 
 
 def _by_channel(function, options, x, *rest):
-    """``function`` with a float32 view of arrays like x with channels before the last axis, its inverse, and sums over all else.
+    """``function`` with a float32 view of arrays like x, channels before the last axis, its inverse, and sums over all else.
 
     On a CPU the view is [channels, components · all else], contiguous in the layout that ``keep_layout`` holds, and the sum is
     one over components, which fuses with what it sums, and then a matrix product; elsewhere the view is x."""

@@ -13,7 +13,7 @@ import pdo_jax
 FOLDER = Path(pdo_jax.__file__).parent
 FLOORS = [  # from the ground up; within a floor a module may use those before it
     ["_version", "groups", "fields", "operators", "stencils"],
-    ["kernels", "steerable", "lowering"],
+    ["kernels", "steerable", "layout", "matmul", "fourier", "lowering"],
     ["conv", "layers", "nonlinearities"],
     ["networks"],
     ["equivariance", "export"],
@@ -22,7 +22,8 @@ FLOORS = [  # from the ground up; within a floor a module may use those before i
 HEIGHT = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}
 THIRD_PARTY = {  # what each floor may use; numpy alone where mathematics is done in float64
     "_version": set(), "fields": {"numpy"}, "operators": {"numpy"}, "stencils": {"numpy"}, "steerable": {"numpy"},
-    "groups": {"numpy", "jax"}, "kernels": {"numpy", "jax"}, "lowering": {"numpy", "jax"}, "equivariance": {"numpy", "jax"},
+    "groups": {"numpy", "jax"}, "kernels": {"numpy", "jax"}, "layout": {"numpy", "jax"},
+    "matmul": {"numpy", "jax"}, "fourier": {"numpy", "jax"}, "lowering": {"numpy", "jax"}, "equivariance": {"numpy", "jax"},
     "conv": {"numpy", "jax", "flax"}, "layers": {"numpy", "jax", "flax"}, "nonlinearities": {"numpy", "jax", "flax"},
     "networks": {"numpy", "jax", "flax"}, "export": {"numpy", "jax", "flax"}, "__init__": set(),
 }
@@ -70,8 +71,10 @@ def test_third_party_imports(module):
 
 
 def test_lowering_stands_alone():
-    """lowering.py imports jax and numpy, and nothing of this library: it can be lifted out as it is."""
-    assert imports("lowering") == (set(), {"jax", "numpy"})
+    """lowering.py and the files of its ways import jax, numpy and each other: they can be lifted out as they are."""
+    files = ("layout", "matmul", "fourier", "lowering")
+    assert set().union(*(imports(f)[0] for f in files)) < set(files)
+    assert all(imports(f)[1] <= {"jax", "numpy"} for f in files)
 
 
 def test_the_public_names_are_listed():

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pdo_jax import groups, kernels, lowering, stencils
+from pdo_jax import conv, groups, kernels, lowering, stencils
 
-FAST = [name for name in lowering.LOWERINGS if name not in ("auto", "dense")]
 P4, P6, P8, P4M = groups.cyclic(4), groups.cyclic(6), groups.cyclic(8), groups.dihedral(4)
 LINE, T, O_H = groups.reflection(1), groups.tetrahedral(), groups.octahedral(True)
 POINT = groups.from_generators([-np.eye(3)], name="point reflection")
@@ -53,6 +52,12 @@ CASES = {
     "p4m, uneven padding": Case(P4M, (5, 6), size=3, basis=2, padding=((0, 2), (1, 3))),
     "p4, wide, third order": Case(P4, (7, 8), size=7, basis=3),
     "p3, no point reflection": Case(groups.cyclic(3), (6, 6), size=3),
+    "p6m, lifting, strided": Case(groups.dihedral(6), (7, 7), lifted=False, size=3, strides=(2, 2)),
+    "p1m": Case(groups.dihedral(1), (5, 4), size=3, basis=2),
+    "mirror of axis 0": Case(groups.from_generators([np.diag([-1.0, 1])]), (5, 4), size=3, basis=2),
+    "p5, fourth order": Case(groups.cyclic(5), (6, 5), basis=4, channels=2),
+    "p24": Case(groups.cyclic(24), (5, 5), channels=1, features=1),
+    "one element": Case(groups.cyclic(1), (5, 5), size=3),
     "p8, gaussian": Case(P8, (6, 6), scheme=stencils.gaussian_derivative),
     "p8, rbf, not separable": Case(P8, (6, 6), scheme=stencils.rbf_fd, basis=2),
     "p8, rbf, strided lifting": Case(P8, (7, 7), lifted=False, scheme=stencils.rbf_fd, basis=2, strides=(2, 2)),
@@ -64,17 +69,9 @@ CASES = {
     "point reflection, pointwise": Case(POINT, (3, 2, 3), size=1),
     "T, rbf": Case(T, (3, 3, 3), size=3, basis=2, scheme=stencils.rbf_fd, channels=1),
 }
-ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-
-
-def fold(case):
-    """The pairs C, zC under the point reflection z, where the group holds it."""
-    z = case.group.point_reflection
-    if z is None:
-        return None
-    pairs = [(c, int(case.group.table[z, c])) for c in range(case.group.order) if c < case.group.table[z, c]]
-    first, second = zip(*pairs, strict=True)
-    return lowering.Fold((first, second) if case.lifted else None, (first, second))
+ALL = pytest.mark.parametrize(("name", "case"), [
+    pytest.param(name, case, id=f"{name}, {what}") for what, case in CASES.items() for name in lowering.LOWERINGS
+    if name not in ("auto", "dense") and (name != "fourier" or case.group.dim == 2)])
 
 
 def layer(case, name, dtype=None):
@@ -85,7 +82,8 @@ def layer(case, name, dtype=None):
         c = kernels.group_coefficients(w, bank, case.group) if case.lifted else kernels.lifting_coefficients(w, bank)
         return lowering.convolve(
             x, c, bank.stencils, bank.indices, strides=case.strides or (1,) * case.group.dim,
-            padding=case.padding or ((case.size // 2,) * 2,) * case.group.dim, lowering=name, fold=fold(case), dtype=dtype)
+            padding=case.padding or ((case.size // 2,) * 2,) * case.group.dim, lowering=name,
+            fold=conv.fold(case.group, case.lifted), turn=conv.turn(case.group, case.lifted), dtype=dtype)
 
     return fn
 
@@ -121,7 +119,6 @@ def assert_close(found, expected, tolerance):
 
 
 @ALL
-@pytest.mark.parametrize("name", FAST)
 def test_values_and_gradients_equal_dense(name, case):
     """float32: output and both gradients equal the dense convolution's to 1e-5."""
     found = results(case, name)
@@ -130,7 +127,6 @@ def test_values_and_gradients_equal_dense(name, case):
 
 
 @ALL
-@pytest.mark.parametrize("name", FAST)
 def test_bfloat16_is_close_to_float32(name, case):
     """bfloat16 operands: within 2e-2 of the float32 dense convolution; parameters keep float32."""
     found = results(case, name, jnp.bfloat16)
@@ -220,5 +216,5 @@ def test_the_table_covers_every_axis_of_choice():
     cases = CASES.values()
     assert {c.group.dim for c in cases} == {1, 2, 3}
     both = itertools.product((True, False), repeat=2)
-    assert {(c.lifted, fold(c) is not None) for c in cases} >= set(both) - {(False, False)}
+    assert {(c.lifted, conv.fold(c.group, c.lifted) is not None) for c in cases} >= set(both) - {(False, False)}
     assert {c.size for c in cases} == {1, 3, 5, 7}

@@ -1,0 +1,72 @@
+"""The memory layout that matrix products want on a CPU, and the steps on arrays in it that "matmul" and "fourier" share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
+
+
+def on_platform(cpu, default):
+    """Two functions that compute the same; the platform that a program is compiled for takes one, and its derivative."""
+
+    @jax.custom_vjp
+    def call(*arguments):
+        return jax.lax.platform_dependent(*arguments, cpu=cpu, default=default)
+
+    def backward(arguments, cotangent):
+        cpu_pullback, default_pullback = (lambda a, g, f=f: jax.vjp(f, *a)[1](g) for f in (cpu, default))
+        return jax.lax.platform_dependent(arguments, cotangent, cpu=cpu_pullback, default=default_pullback)
+
+    call.defvjp(lambda *arguments: (call(*arguments), arguments), backward)
+    return call
+
+
+def keep_layout(x):
+    """Holds a field [batch, *space, channels, components] and its cotangent in the memory layout of "matmul" on a CPU.
+
+    The layers between convolutions call it, so that a stack of them never transposes in memory; elsewhere it does nothing."""
+    return _keep_layout(x) if x.ndim >= 4 else x
+
+
+def _channels_first(x):
+    return with_layout_constraint(x, Layout(major_to_minor=(x.ndim - 2, x.ndim - 1, *range(1, x.ndim - 2), 0)))
+
+
+_keep_layout = jax.jit(on_platform(cpu=_channels_first, default=lambda x: x))
+barrier = jax.lax.optimization_barrier
+
+
+def take(x, index, axis):
+    """Static indexing along an axis; a slice where the index is a range, which is cheaper."""
+    index = np.asarray(index)
+    if (np.diff(index) == 1).all():
+        return jax.lax.slice_in_dim(x, int(index[0]), int(index[-1]) + 1, axis=axis)
+    return jnp.take(x, index, axis=axis)
+
+
+def flat(stack):
+    return stack.reshape(stack.shape[0] * stack.shape[1], -1)
+
+
+def dot(a, b, contract):
+    return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+
+
+def pad(x, padding, strides):
+    """Pads the axes of space with zeros, after spreading their points by the strides."""
+    config = [(0, 0, 0), *((low, high, s - 1) for (low, high), s in zip(padding, strides, strict=True)), (0, 0, 0)]
+    return barrier(jax.lax.pad(x, jnp.zeros((), x.dtype), config))
+
+
+def taps(x, stencil, axis, strides):
+    """Correlates x with a stencil along the axes that start at ``axis``, in float32."""
+    total, x, space = None, x.astype(jnp.float32), slice(axis, axis + stencil.ndim)
+    step, reach = np.ones(x.ndim, int), np.zeros(x.ndim, int)
+    step[space], reach[space] = strides, np.array(stencil.shape) - 1
+    for k in np.argwhere(stencil):
+        start = np.zeros(x.ndim, int)
+        start[space] = k
+        v = jax.lax.slice(x, start, start + (np.array(x.shape) - reach - 1) // step * step + 1, step)
+        v = v if stencil[tuple(k)] == 1 else jax.lax.mul(v, jax.lax.full_like(v, stencil[tuple(k)]))
+        total = v if total is None else jax.lax.add(total, v)
+    return total
