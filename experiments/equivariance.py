@@ -95,9 +95,9 @@ def pair(group, scheme, size: int, order: int, h: float, random) -> Callable:
     count, axes = len(bank.indices), range(1, group.dim + 1)
     grids = np.stack([w * h ** -sum(a) for a, w in zip(bank.indices, bank.stencils, strict=True)])
     with jax.enable_x64(True):
-        first = np.array(kernels.lifting_coefficients(jnp.asarray(random.normal(size=(count, 1, 1, FEATURES))), bank))[:, 0, 0]
+        first = np.array(kernels.Coefficients(bank)(jnp.asarray(random.normal(size=(count, 1, 1, FEATURES)))))[:, 0, 0]
         weights = jnp.asarray(random.normal(size=(count, FEATURES, group.order, FEATURES)))
-        second = np.array(kernels.group_coefficients(weights, bank, group))
+        second = np.array(kernels.Coefficients(bank, group)(weights))
 
     def layers(x):
         windows = np.lib.stride_tricks.sliding_window_view(x, (size,) * group.dim, axis=tuple(axes))

@@ -110,8 +110,13 @@ def process_settings(environment: Mapping[str, str], accelerators: Sequence[str]
     return settings
 
 
-if __name__ == "__main__":
+def restart_with_settings():
+    """Starts this process again, once, where settings are missing: glibc reads its own when a process starts."""
     missing = process_settings(os.environ, [path for pattern in ACCELERATORS for path in glob.glob(pattern)])
-    if missing:  # glibc reads its settings when a process starts, so this one starts again, once
+    if missing:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
+
+
+if __name__ == "__main__":
+    restart_with_settings()
     sys.exit(main())

@@ -1,12 +1,24 @@
 """Equivariant convolutions made of partial differential operators (PDO-eConvs) for JAX and Flax."""
 
-from pdo_jax import equivariance, fields, groups, kernels, lowering, networks, nonlinearities, operators, steerable, stencils
+from pdo_jax import (
+    equivariance,
+    export,
+    fields,
+    groups,
+    kernels,
+    lowering,
+    networks,
+    nonlinearities,
+    operators,
+    steerable,
+    stencils,
+)
 from pdo_jax._version import __version__
 from pdo_jax.conv import GroupConv, LiftingConv, PDOConv
 from pdo_jax.layers import GroupBatchNorm, GroupDropout, blur_pool, group_pool, max_pool, mean_pool
 
 __all__ = [
     "GroupBatchNorm", "GroupConv", "GroupDropout", "LiftingConv", "PDOConv", "__version__", "blur_pool", "equivariance",
-    "fields", "group_pool", "groups", "kernels", "lowering", "max_pool", "mean_pool", "networks", "nonlinearities", "operators",
-    "steerable", "stencils",
+    "export", "fields", "group_pool", "groups", "kernels", "lowering", "max_pool", "mean_pool", "networks", "nonlinearities",
+    "operators", "steerable", "stencils",
 ]

@@ -38,8 +38,8 @@ class _OrbitConv(nn.Module):
         channels, components = x.shape[-2:]
         init = self.kernel_init or nn.initializers.normal(bank.scale(channels * components, rectified=lifted))
         w = self.param("kernel", init, (bank.turned.shape[1], channels, components, self.features), self.param_dtype)
-        c = kernels.group_coefficients(w, bank, group) if lifted else kernels.lifting_coefficients(w, bank)
-        return _apply(self, x, c, bank, fold(group, lifted), turn(group, lifted))
+        return _apply(self, x, w, bank, coefficients=kernels.Coefficients(bank, group if lifted else None),
+                      fold=fold(group, lifted), turn=turn(group, bank, lifted))
 
 
 class LiftingConv(_OrbitConv):
@@ -178,7 +178,7 @@ class _SteerableBank:
 _steerable_bank = functools.lru_cache(maxsize=16)(_SteerableBank)
 
 
-def _apply(module, x, coefficients, bank, fold=None, turn=None):
+def _apply(module, x, w, bank, **options):
     """Pads, convolves and adds the bias of a layer."""
     dim, size = bank.stencils.ndim - 1, bank.stencils.shape[1]
     strides = _per_axis("strides", module.strides, dim)
@@ -191,8 +191,8 @@ def _apply(module, x, coefficients, bank, fold=None, turn=None):
     dtype = jnp.dtype(module.dtype or (x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32))
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"a convolution is computed in a floating type, got {dtype}")
-    y = lowering.convolve(x, coefficients, bank.stencils, bank.indices, strides=strides, padding=padding, fold=fold,
-                          turn=turn, lowering=module.lowering, dtype=dtype)
+    y = lowering.convolve(x, w, bank.stencils, bank.indices, strides=strides, padding=padding, lowering=module.lowering,
+                          dtype=dtype, **options)
     if module.use_bias:
         y = y + module.param("bias", nn.initializers.zeros, (module.features,), module.param_dtype)[:, None].astype(dtype)
     return y
@@ -209,7 +209,7 @@ def fold(group, lifted):
 
 
 @functools.lru_cache(maxsize=128)
-def turn(group, lifted):
+def turn(group, bank, lifted):
     """The orbits of the components under the smallest rotation of a group of the plane."""
     if group.dim != 2:
         return None
@@ -223,7 +223,8 @@ def turn(group, lifted):
         while len(orbit) < len(rotations):
             orbit.append(int(group.table[r, orbit[-1]]))
         orbits.append(tuple(orbit))
-    return lowering.Turn(tuple(orbits) if lifted else None, tuple(orbits))
+    span = bank.turned[np.array(starts)].reshape(-1, len(bank.indices))
+    return lowering.Turn(tuple(orbits) if lifted else None, tuple(orbits), tuple(map(tuple, span.tolist())))
 
 
 def _padding(padding, dim, size):

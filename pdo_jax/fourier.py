@@ -1,73 +1,127 @@
 """The "fourier" lowering, for the plane: a PDO-eConv that commutes with a rotation is block-diagonal in angular frequency.
 
 With D = (∂_0 + i∂_1)/√2, the operator D^a D̄^b turned by θ = 2π/N is itself times e^{-iθ(a-b)}. So between the discrete Fourier
-transforms X, Y over the N components of an orbit under that rotation, a layer is
+transforms X, Y over the N components of an orbit under that rotation, a layer and its adjoint are
 
-    Y_m = Σ_{a,b} Γ_ab[m+a-b] D^a D̄^b X_{m+a-b},    frequencies modulo N,
+    Y_m  = Σ_ab Γ_ab[m+a-b] D^a D̄^b X_{m+a-b}              frequencies modulo N,
+    dX_n = Σ_j δ_j[n]^H Σ_ab (q_jab D^a D̄^b)^* dY_{n-a+b},     Γ_ab[n] = Σ_j q_jab δ_j[n],
 
 with one complex [out, in] matrix for each operator and frequency: about 15·2·N real products for each pair of channels on 5×5,
-where the dense convolution takes 25·N². The adjoint has the same form, with stencils turned by 180° and Γ_ba[n]^H for Γ_ab at
-the output frequency n. Frequencies 0 … N/2 are computed, as real matrix products in the layout [channels, *space, batch]; the
+where the dense convolution takes 25·N². The q_j span the base polynomials (the paper's nine), which are all that an adjoint
+meets. Frequencies 0 … N/2 are computed, as real matrix products over arrays [frequency, part, channels, *space, batch]; the
 others are their conjugates.
 """
 
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pdo_jax.layout import barrier, dot, flat, keep_layout, pad, take, taps
+from pdo_jax.layout import barrier, dot, hold, pad, restore, take, taps, view
 
-ROWS = 5  # stacked at a time; XLA fuses a concatenation of few arrays with what makes them, and copies many
+ROWS = 5  # stacked at a time: XLA fuses a concatenation of few arrays with what makes them, and copies many
+
+
+class Row(NamedTuple):
+    """A row of an operand: Σ stencil X_{n + shift} over the pairs in ``terms``, or its real part where ``parts`` is 1.
+
+    Its matrix at frequency n is Σ_α weights[α] C_α[n + at], with C_α[n] the transform of the coefficients of ∂^α."""
+
+    terms: list
+    parts: int
+    weights: np.ndarray
+    at: int
+
+
+class Operand(NamedTuple):
+    """The rows of an operand, and the constant [frequencies, parts, parts of the rows, operators · N] that turns base
+    coefficients into the matrices that meet them; ``waves`` lead to the spectrum, of which the frequencies that a shift leads
+    to are a slice from ``start[shift]`` on."""
+
+    rows: list
+    constant: np.ndarray
+    waves: np.ndarray
+    start: dict
+
+
+class Band(NamedTuple):
+    """Frequencies that are computed together: those with an imaginary part, or those without (0 and N/2).
+
+    ``waves`` [frequencies, parts, N] is the Fourier transform, ``inverse`` [N, frequencies, parts] its inverse."""
+
+    layer: Operand
+    adjoint: Operand
+    waves: np.ndarray
+    inverse: np.ndarray
 
 
 class Plan:
-    """The stencils of the complex derivatives, and which of them lead to which frequency.
-
-    ``stencils[r, f]``: that of D^a D̄^b with r = a + b and f = a - b >= 0; for f < 0 it is the conjugate."""
+    """The bands of a bank of stencils."""
 
     def __init__(self, stencils, indices, strides, padding, turn):
-        self.strides, self.padding, self.turn, self.order = strides, padding, turn, len(turn.target[0])
-        self.terms = [(a, r - a) for r in range(max(map(sum, indices)) + 1) for a in range(r + 1)]
-        mix = np.zeros((len(self.terms), len(indices)), complex)
-        for row, (a, b) in zip(mix, self.terms, strict=True):
+        self.strides, self.padding, self.turn, self.size = strides, padding, turn, stencils.shape[1:]
+        order, reach = len(turn.target[0]), max(map(sum, indices))
+        terms = [(a, r - a) for r in range(reach + 1) for a in range(r + 1)]
+        mix = np.zeros((len(terms), len(indices)), complex)  # D^a D̄^b = Σ mix ∂^α
+        for row, (a, b) in zip(mix, terms, strict=True):
             for i, j in itertools.product(range(a + 1), range(b + 1)):  # so many of each factor are ∂_1
                 row[indices.index((a + b - i - j, i + j))] += math.comb(a, i) * math.comb(b, j) * 1j**i * (-1j) ** j
             row /= math.sqrt(2) ** (a + b)
-        self.inverse = np.linalg.inv(mix)
-        complex_stencils = np.tensordot(mix, stencils, 1)
-        self.stencils = {(a + b, a - b): s for (a, b), s in zip(self.terms, complex_stencils, strict=True) if a >= b}
-        halves = range(self.order // 2 + 1)
-        self.inputs = list(halves) if turn.source else [0]
-        self.outputs = [m for m in halves if any(True for _ in self.rows(m, self.inputs))]
+        inverse, stencils = np.linalg.inv(mix), np.tensordot(mix, stencils, 1)
+        middle, ends = range(1, (order + 1) // 2), range(0, order // 2 + 1, order // 2) if order % 2 == 0 else range(1)
+        self.bands = []
+        for frequencies, parts in ((middle, 2), (ends, 1)):
+            rows, adjoint_rows = [], []
+            for degree in range(reach + 1):  # at a real frequency D^b D̄^a is the conjugate of D^a D̄^b, which counts twice
+                mine = [(t, a - b, 2 if parts == 1 and a > b else 1) for t, (a, b) in enumerate(terms)
+                        if a + b == degree and (parts == 2 or a >= b)]
+                rotated = {t: np.flip(stencils[t].conj()) for t, _, _ in mine}
+                kept = [parts if f == 0 else 2 for _, f, _ in mine]
+                rows += [Row([(stencils[t], f)], k, inverse[:, t] * c, f) for (t, f, c), k in zip(mine, kept, strict=True)]
+                base = _span(np.array(turn.span) * [sum(alpha) == degree for alpha in indices])
+                if len(base) > degree:  # all operators of this degree
+                    adjoint_rows += [Row([(rotated[t], -f)], k, inverse[:, t] * c, 0)
+                                     for (t, f, c), k in zip(mine, kept, strict=True)]
+                else:
+                    adjoint_rows += [Row([(rotated[t] * (q @ inverse[:, t]).conj() * c, -f) for t, f, c in mine], parts, q, 0)
+                                     for q in base]
+            if frequencies:
+                waves = _waves(order, frequencies, parts)
+                self.bands.append(Band(_operand_plan(order, frequencies, parts, rows, False),
+                                       _operand_plan(order, frequencies, parts, adjoint_rows, True),
+                                       waves, waves.transpose(2, 0, 1) * parts / order))
 
-    def real(self, m):
-        """Whether frequency m is its own conjugate."""
-        return 2 * m % self.order == 0
 
-    def rows(self, m, inputs):
-        """The operand of frequency m: (operator, stored frequency, whether X is its conjugate, 0 or 1 for real or imaginary).
+def _span(rows):
+    """An orthonormal basis of the space of the rows."""
+    return np.linalg.svd(rows)[2][:np.linalg.matrix_rank(rows)]
 
-        Of two conjugate terms of a real Y_m the one with a > b stands for both."""
-        for a, b in self.terms:
-            n = (m + a - b) % self.order
-            stored = min(n, self.order - n)
-            if stored in inputs and (a >= b or not self.real(m)):
-                for part in range(1 if a == b and self.real(m) else 2):
-                    yield (a, b), stored, n != stored, part
 
-    def weights(self, base):
-        """[operators, channels, components, features, orbits] -> Γ [2, terms, inputs, features · orbits, channels · orbits]."""
-        source = np.array(self.turn.source or [[0]])
-        steps = np.exp(2j * np.pi / self.order * np.outer(self.inputs, range(source.shape[1])))
-        constant = np.einsum("at,nr->tnar", self.inverse, steps)
-        constant = jnp.asarray(np.stack([constant.real, constant.imag]), base.dtype)
-        base = base[:, :, source]  # [operators, channels, orbits, steps, features, orbits]
-        gamma = jnp.einsum("ptnar,aisrfo->ptnfois", constant, base)
-        return gamma.reshape(*gamma.shape[:3], math.prod(gamma.shape[3:5]), -1)
+def _waves(order, frequencies, parts):
+    """[frequencies, parts, N]: X_n = Σ_c x_c e^{-2πi n c / N}."""
+    waves = np.exp(-2j * np.pi / order * np.outer(frequencies, range(order)))
+    return np.stack([waves.real, waves.imag][:parts], 1)
+
+
+def _operand_plan(order, frequencies, parts, rows, adjoint):
+    shifts = sorted({shift for row in rows for _, shift in row.terms})
+    if frequencies.step == 1:
+        held = range(frequencies[0] + shifts[0], frequencies[-1] + shifts[-1] + 1)
+        start = {shift: frequencies[0] + shift - held[0] for shift in shifts}
+    else:
+        held = [n + shift for shift in shifts for n in frequencies]
+        start = {shift: k * len(frequencies) for k, shift in enumerate(shifts)}
+    columns = []
+    for row in rows:
+        phases = np.exp(2j * np.pi / order * np.outer(np.array(frequencies) + row.at, range(order)))
+        c = np.einsum("a,nr->nar", row.weights, phases).reshape(len(frequencies), -1)
+        c = c.conj() if adjoint else c
+        columns += [np.stack(column[:parts], 1) for column in ([c.real, c.imag], [-c.imag, c.real])[:row.parts]]
+    return Operand(rows, np.stack(columns, 2), _waves(order, held, 2), start)
 
 
 @functools.lru_cache(maxsize=256)
@@ -77,23 +131,24 @@ def plan(data, shape, *rest):
 
 @functools.partial(jax.jit, static_argnums=2)
 def convolve(x, coefficients, plan):
-    dtype = x.dtype
-    x = keep_layout(x).transpose(3, 4, 1, 2, 0)  # [channels, components, *space, batch]
-    y = _layer(plan, x, coefficients[..., np.array([orbit[0] for orbit in plan.turn.target])])
-    return keep_layout(y.astype(dtype).transpose(4, 2, 3, 0, 1))
+    source, target = (np.array(orbits) for orbits in (plan.turn.source, plan.turn.target))
+    x = take(hold(view(x)), source.reshape(-1), 0)
+    base = take(coefficients, source.reshape(-1), 2)  # [operators, channels, orbits · N, features, orbits]
+    base = base.reshape(*base.shape[:2], *source.shape, *base.shape[3:]).transpose(0, 3, 5, 4, 2, 1)
+    base = base.reshape(base.shape[0] * base.shape[1], base.shape[2] * base.shape[3], -1)
+    y = _layer(plan, x.reshape(*source.shape, *x.shape[1:]), base)
+    y = take(y.reshape(-1, *y.shape[2:]), np.argsort(target.reshape(-1)), 0)
+    return restore(hold(y))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _layer(plan, x, base):
-    matrices = plan.weights(base).astype(x.dtype)
-    maps = _maps(_spectrum(x, plan.turn.source, plan.inputs, plan), plan.padding, (1, 1), plan.stencils, plan.strides)
-    y = []
-    for m in plan.outputs:
-        rows = list(plan.rows(m, plan.inputs))
-        entries = [(plan.terms.index((b, a) if conjugate else (a, b)), n, -1 if conjugate else 1, part)
-                   for (a, b), n, conjugate, part in rows]
-        y.append(_product(matrices, entries, _operand(maps, rows, plan), plan.real(m)))
-    return _field(y, plan.turn.target, plan)
+    """x [orbits, N, channels, *space, batch], base [operators · N, orbits · features, orbits · channels] -> y, like x."""
+    padded, y = pad(x.astype(jnp.float32), plan.padding, (1, 1)), 0
+    for band in plan.bands:
+        operand = _operand(band.layer, len(band.waves), padded, plan.strides, x.dtype)
+        y += _field(band, _product(_matrix(band.layer, base, x.dtype), operand), len(plan.turn.target))
+    return y.astype(x.dtype)
 
 
 def _layer_forward(plan, x, base):
@@ -102,119 +157,75 @@ def _layer_forward(plan, x, base):
 
 def _layer_backward(plan, residuals, dy):
     x, base = residuals
-    gamma, weights_pullback = jax.vjp(plan.weights, base)
-    adjoint = gamma.swapaxes(3, 4).astype(x.dtype)
-    size = next(iter(plan.stencils.values())).shape
     around = [(k - 1 - low, n + low - (out - 1) * s - 1) for k, n, out, (low, _), s in zip(
-        size, x.shape[2:4], dy.shape[2:4], plan.padding, plan.strides, strict=True)]
-    spectrum = _spectrum(dy.astype(x.dtype), plan.turn.target, plan.outputs, plan)
-    maps = _maps(spectrum, around, plan.strides, {key: np.flip(s) for key, s in plan.stencils.items()}, (1, 1))
-    x_spectrum = _spectrum(x, plan.turn.source, plan.inputs, plan)
-    dx, dgamma = [], []
-    for n in plan.inputs:
-        rows = list(plan.rows(n, plan.outputs))
-        operand = _operand(maps, rows, plan)
-        dx.append(_product(adjoint, [(plan.terms.index((b, a)), n, -1, part) for (a, b), _, _, part in rows], operand,
-                           plan.real(n)))
-        dgamma.append(_weight_gradient(jnp.stack(x_spectrum[_parts(n, plan.inputs, plan)]), rows, operand, plan.real(n), plan))
-    dx = _field(dx, plan.turn.source, plan)
-    return dx.astype(x.dtype), weights_pullback(jnp.stack(dgamma, 2).astype(base.dtype))[0]
+        plan.size, x.shape[3:5], dy.shape[3:5], plan.padding, plan.strides, strict=True)]
+    dy, dx, dbase = pad(dy.astype(jnp.float32), around, plan.strides), 0, 0
+    for band in plan.bands:
+        operand = _operand(band.adjoint, len(band.waves), dy, (1, 1), x.dtype)
+        dx += _field(band, _product(_matrix(band.adjoint, base.swapaxes(1, 2), x.dtype), operand), x.shape[0])
+        z = _transform(band.waves, x).astype(x.dtype)
+        z = z.reshape(len(z), -1, math.prod(z.shape[3:]))  # [frequencies, parts · in, points]
+        blocks = jnp.concatenate([_batched(u, z, 2) for u in operand], 1)  # [frequencies, parts of rows · out, parts · in]
+        blocks = blocks.reshape(*band.adjoint.constant.shape[:3:2], base.shape[1], -1, base.shape[2])
+        constant = jnp.asarray(band.adjoint.constant * band.waves.shape[1] / band.waves.shape[2], jnp.float32)
+        dbase += jnp.einsum("npra,nropi->aoi", constant, blocks)
+    return dx.astype(x.dtype), dbase.astype(base.dtype)
 
 
 _layer.defvjp(_layer_forward, _layer_backward)
 
 
-def _parts(n, frequencies, plan):
-    """Where the real and the imaginary part of a frequency lie in a spectrum."""
-    start = sum(1 if plan.real(k) else 2 for k in frequencies if k < n)
-    return slice(start, start + (1 if plan.real(n) else 2))
+def _transform(waves, x):
+    """[frequencies, parts, N], [orbits, N, channels, *space, batch] -> float32 [frequencies, parts, orbits · channels, …]."""
+    y = dot(jnp.asarray(waves, jnp.float32), x.astype(jnp.float32), ((2,), (1,)))
+    return barrier(y.reshape(*y.shape[:2], -1, *y.shape[4:]))
 
 
-def _spectrum(x, orbits, frequencies, plan):
-    """[channels, components, *space, batch] -> for each part [channels · orbits, *space, batch], X_n = Σ_j x_j e^{-iθnj}.
-
-    An image stands for a field of equal components."""
-    if orbits is None:
-        return [(plan.order * x[:, 0].astype(jnp.float32)).astype(x.dtype)]
-    steps = [take(x, step, 1).reshape(-1, *x.shape[2:]).astype(jnp.float32) for step in zip(*orbits, strict=True)]
-    waves = [np.exp(-2j * np.pi / plan.order * n * np.arange(plan.order)) for n in frequencies]
-    return [_combine(part, steps).astype(x.dtype) for n, wave in zip(frequencies, waves, strict=True)
-            for part in (wave.real, wave.imag)[:1 if plan.real(n) else 2]]
+def _field(band, y, orbits):
+    """The inverse, of [frequencies, parts · orbits · channels, *space, batch]."""
+    y = y.reshape(*band.waves.shape[:2], orbits, -1, *y.shape[2:])
+    return dot(jnp.asarray(band.inverse, y.dtype), y, ((1, 2), (0, 1))).swapaxes(0, 1)
 
 
-def _combine(weights, arrays):
-    terms = (a if w == 1 else jax.lax.mul(a, jax.lax.full_like(a, w)) for w, a in zip(weights, arrays, strict=True)
-             if abs(w) > 1e-12)
-    return functools.reduce(jax.lax.add, terms)
+def _matrix(operand, base, dtype):
+    """[frequencies, parts · out, parts of rows · in]"""
+    matrix = dot(jnp.asarray(operand.constant, base.dtype), base, ((3,), (0,)))  # [frequencies, parts, parts of rows, out, in]
+    matrix = matrix.swapaxes(2, 3).astype(dtype)
+    return barrier(matrix.reshape(len(matrix), -1, matrix.shape[3] * matrix.shape[4]))
 
 
-def _field(spectrum, orbits, plan):
-    """The inverse of :func:`_spectrum`, of a list of [parts, channels · orbits, *space, batch]."""
-    if orbits is None:
-        return spectrum[0].swapaxes(0, 1)
-    fields = [None] * sum(map(len, orbits))
-    for step, components in enumerate(zip(*orbits, strict=True)):
-        waves = [(1 if plan.real(m) else 2) / plan.order * np.exp(2j * np.pi / plan.order * m * step) for m in plan.outputs]
-        parts = [(w, y[p]) for wave, y in zip(waves, spectrum, strict=True)
-                 for p, w in enumerate((wave.real, -wave.imag)[:len(y)])]
-        y = _combine(*zip(*parts, strict=True))
-        y = y.reshape(-1, len(orbits), *y.shape[1:])
-        for k, component in enumerate(components):
-            fields[component] = y[:, k]
-    return jnp.stack(fields, 1)
+def _operand(plan, frequencies, x, strides, dtype):
+    """Stacks [frequencies, parts of some rows · channels, *space, batch]."""
+    spectrum, stacks = _transform(plan.waves, x), []
+    for i in range(0, len(plan.rows), ROWS):
+        pieces = [_row(row, plan.start, frequencies, spectrum, strides).astype(dtype) for row in plan.rows[i:i + ROWS]]
+        stacks.append(barrier(jnp.concatenate(pieces, 1)))
+    return [stack.reshape(len(stack), -1, *stack.shape[3:]) for stack in stacks]
 
 
-def _maps(spectrum, padding, dilation, stencils, strides):
-    """For each (r, f) the parts of the spectrum under the real and under the imaginary part of its stencil."""
-    spectrum = [pad(part, padding, dilation) for part in spectrum]
-    return {key: [[taps(part, np.where(np.abs(half) > 1e-12, half, 0), 1, strides).astype(part.dtype) for part in spectrum]
-                  if np.abs(half).max() > 1e-12 else None for half in (s.real, s.imag)]
-            for key, s in stencils.items()}
+def _row(row, start, frequencies, spectrum, strides):
+    real, imaginary = [], []
+    for stencil, shift in row.terms:
+        x = jax.lax.slice_in_dim(spectrum, start[shift], start[shift] + frequencies)
+        for total, v, half in ((real, x, stencil.real), (imaginary, jax.lax.rev(x, (1,)), stencil.imag)):
+            half = np.where(np.abs(half) > 1e-12, half, 0)
+            if half.any():
+                total.append(taps(v[:, :row.parts], half, 3, strides))
+    y = functools.reduce(jax.lax.add, real) if real else 0
+    if imaginary:  # i (X + iX') = -X' + iX
+        sign = np.array([-1, 1], np.float32)[:row.parts].reshape(-1, 1, 1, 1, 1)
+        y += functools.reduce(jax.lax.add, imaginary) * sign
+    return y
 
 
-def _operand(maps, rows, plan):
-    """Stacks the rows, some at a time: Re and Im of D^a D̄^b X, X the stored frequency or its conjugate."""
-    stack = []
-    for (a, b), n, conjugate, part in rows:
-        where = _parts(n, plan.outputs, plan)
-        real, imaginary = maps[a + b, abs(a - b)]
-        x = [(1, where.start)] + [(-1 if conjugate else 1, where.start + 1)] * (where.stop - where.start - 1)
-        signed = [(1, real, x[part:part + 1]), (1 if (a > b) == part else -1, imaginary, x[1 - part:2 - part])]
-        terms = [(s * t, m[i].astype(jnp.float32)) for s, m, x in signed if m is not None for t, i in x]
-        stack.append(_combine(*zip(*terms, strict=True)).astype(real[0].dtype))
-    return [barrier(jnp.stack(stack[i:i + ROWS])) for i in range(0, len(stack), ROWS)]
+def _product(matrix, operand):
+    """[frequencies, parts · out, *space, batch] float32."""
+    ends = np.cumsum([u.shape[1] for u in operand])
+    y = sum(_batched(matrix[:, :, end - u.shape[1]:end], u, 1) for u, end in zip(operand, ends, strict=True))
+    return y.reshape(*y.shape[:2], *operand[0].shape[2:])
 
 
-def _product(matrices, entries, operand, real):
-    """[parts, out, *space, batch] float32: the complex matrices Γ of ``entries`` (term, frequency, ± imaginary part, part).
-
-    A real frequency counts each pair of conjugate terms, of which one is there, twice."""
-    single = [sum(e[:2] == other[:2] for other in entries) == 1 for e in entries]
-    blocks = matrices.reshape(-1, *matrices.shape[3:])
-    count, frequencies = matrices.shape[1:3]
-    index, sign = [], []
-    for out in range(1 if real else 2):
-        index.append([((out + part) % 2 * count + term) * frequencies + n for term, n, _, part in entries])
-        sign.append([1 if part == out else s * (out - part) for _, _, s, part in entries])
-    sign = np.array(sign) * np.where(np.array(single) | (not real), 1, 2)
-    matrix = blocks[np.array(index)] * jnp.asarray(sign, blocks.dtype)[..., None, None]
-    matrix = matrix.transpose(0, 2, 1, 3).reshape(len(index) * matrix.shape[2], -1)
-    ends = np.cumsum([len(stack) * stack.shape[1] for stack in operand])
-    y = sum(dot(barrier(matrix[:, end - len(stack) * stack.shape[1]:end]), flat(stack), ((1,), (0,)))
-            for stack, end in zip(operand, ends, strict=True))
-    return y.reshape(len(index), -1, *operand[0].shape[2:])
-
-
-def _weight_gradient(x, rows, operand, real, plan):
-    """dΓ [2, terms, out, in] of one input frequency, from the operand of its adjoint and X itself."""
-    blocks = jnp.concatenate([dot(flat(stack), flat(x), ((1,), (1,))) for stack in operand])
-    blocks = blocks.reshape(len(rows), -1, *x.shape[:2]).transpose(0, 2, 1, 3)
-    blocks, parts, place = blocks.reshape(-1, *blocks.shape[2:]), len(x), {(t, p): i for i, (t, _, _, p) in enumerate(rows)}
-    gradient = []
-    for part, (a, b) in itertools.product(range(2), plan.terms):
-        other, sign = ((b, a), 1) if ((b, a), 0) in place else ((a, b), -1)  # of two conjugates one is there
-        picked = [(1, (other, part), 0), (1 if part == 0 else -1, (other, 1 - part), 1)][:parts]
-        picked = [(s * (sign if part else 1), place[key] * parts + p) for s, key, p in picked if key in place]
-        gradient.append(sum(s * blocks[i] for s, i in picked) if picked else jnp.zeros_like(blocks[0]))
-    gradient = jnp.stack(gradient) * np.float32((1 if real else 2) / plan.order)
-    return gradient.reshape(2, -1, *gradient.shape[1:])
+def _batched(a, b, axis):
+    """A matrix product for each frequency, over rows (axis 1) or points (axis 2)."""
+    a, b = (v.reshape(*v.shape[:2], -1) for v in (a, b))
+    return jax.lax.dot_general(a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)

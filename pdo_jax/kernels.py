@@ -129,31 +129,39 @@ def _coordinates(grids, turned):
     return vectors / np.sqrt(values) @ vectors.T
 
 
-def lifting_coefficients(w, bank: Bank):
-    """[parameters, channels, 1, features] -> [n, channels, 1, features, order]."""
-    return jnp.einsum("picf,apn->nicfa", w, jnp.asarray(bank.turned, w.dtype))
+@dataclasses.dataclass(frozen=True)
+class Coefficients:
+    """The coefficients of a layer as a function of its parameters and of the output components A that are wanted.
 
-
-def group_coefficients(w, bank: Bank, group: Group):
-    """[parameters, channels, order, features] -> [n, channels, order, features, order].
-
-    Axis 2 of the parameters is the relative element A^{-1}C; that of the result is C, and the last is A.
+    [parameters, channels, components, features] -> [n, channels, components, features, wanted]: of p(A^{-1}∇) for lifting
+    (no ``group``, one input component), of p_{A^{-1}C}(A^{-1}∇) for a group convolution, where axis 2 of the parameters is
+    the relative element A^{-1}C and that of the result is C.
     """
-    turned = jnp.einsum("picf,apn->nifac", w, jnp.asarray(bank.turned, w.dtype))  # c is the relative element
-    shape = turned.shape
-    flat = _relative(turned.reshape(*shape[:3], -1), group)
-    return flat.reshape(shape).transpose(0, 1, 4, 2, 3)
+
+    bank: Bank
+    group: Group | None = None
+
+    def __call__(self, w, wanted: tuple[int, ...] | None = None):
+        wanted = np.arange(len(self.bank.turned)) if wanted is None else np.array(wanted)
+        turned = jnp.asarray(self.bank.turned[wanted], w.dtype)
+        if self.group is None:
+            return jnp.einsum("picf,apn->nicfa", w, turned)
+        c = jnp.einsum("picf,apn->nifac", w, turned)  # c is the relative element
+        relative = tuple(map(tuple, self.group.table[self.group.inverse[wanted]].tolist()))
+        return _permuted(c.reshape(*c.shape[:3], -1), relative).reshape(c.shape).transpose(0, 1, 4, 2, 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _relative(x, group):
-    """x[…, (A, B)] -> y[…, (A, C)] = x[…, (A, A^{-1}C)]. A permutation, and so is its transpose: no scatter."""
-    return jnp.take(x, _flat(group.table[group.inverse]), axis=-1, unique_indices=True)
+def _permuted(x, rows):
+    """x[…, (a, C)] -> x[…, (a, rows[a][C])]. A permutation, and so is its transpose: no scatter."""
+    return _take(x, np.array(rows))
 
 
-def _flat(table):
-    return (np.arange(len(table))[:, None] * len(table) + table).reshape(-1)
+def _take(x, rows):
+    if (rows == np.arange(rows.shape[1])).all():
+        return x
+    flat = np.arange(len(rows))[:, None] * rows.shape[1] + rows
+    return jnp.take(x, flat.reshape(-1), axis=-1, unique_indices=True)
 
 
-_relative.defvjp(lambda x, group: (_relative(x, group), None),
-                 lambda group, _, g: (jnp.take(g, _flat(group.table), axis=-1, unique_indices=True),))
+_permuted.defvjp(lambda x, rows: (_permuted(x, rows), None), lambda rows, _, g: (_take(g, np.argsort(rows, 1)),))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from pdo_jax.lowering import keep_layout
+from pdo_jax.layout import on_platform, restore, view
 
 
 class GroupBatchNorm(nn.Module):
@@ -44,7 +44,7 @@ class GroupBatchNorm(nn.Module):
             factor = scale * jax.lax.rsqrt(var.value + self.epsilon)
             return (x.astype(jnp.float32) * factor[:, None] + (bias - mean.value * factor)[:, None]).astype(dtype)
         axis_name = None if self.is_initializing() else self.axis_name
-        y, batch_mean, batch_var = _batch_norm(keep_layout(x), scale, bias, self.epsilon, axis_name, jnp.dtype(dtype))
+        y, batch_mean, batch_var = _batch_norm(x, scale, bias, self.epsilon, axis_name, jnp.dtype(dtype))
         if not self.is_initializing():
             mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
             var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
@@ -94,14 +94,11 @@ def _normalise_adjoint(options, view, restore, total, x, dy, scale, mean, invers
 def _by_channel(function, options, x, *rest):
     """``function`` with a float32 view of arrays like x, channels before the last axis, its inverse, and sums over all else.
 
-    On a CPU the view is [channels, components · all else], contiguous in the layout that ``keep_layout`` holds, and the sum is
-    one over components, which fuses with what it sums, and then a matrix product; elsewhere the view is x."""
-    order = (x.ndim - 2, x.ndim - 1, *range(1, x.ndim - 2), 0)
-    shape = [x.shape[i] for i in order]
-    cpu = functools.partial(function, options,
-                            lambda a: keep_layout(a).transpose(order).reshape(shape[0], -1).astype(jnp.float32),
-                            lambda a: keep_layout(a.reshape(shape).transpose(np.argsort(order))),
-                            lambda a: a.reshape(*shape[:2], -1).sum(1) @ jnp.ones(a.shape[1] // shape[1]))
+    On a CPU the view is [components, channels, all else] and the sum is one over components, which fuses with what it sums, and
+    then a matrix product; elsewhere the view is x."""
+    shape = view(x).shape
+    cpu = functools.partial(function, options, lambda a: view(a).reshape(*shape[:2], -1).astype(jnp.float32),
+                            lambda a: restore(a.reshape(shape)), lambda a: a.sum(0) @ jnp.ones(a.shape[2]))
     default = functools.partial(function, options, lambda a: a.astype(jnp.float32), lambda a: a,
                                 lambda a: a.sum((*range(x.ndim - 2), x.ndim - 1)))
     return jax.lax.platform_dependent(x, *rest, cpu=cpu, default=default)
@@ -130,10 +127,9 @@ class GroupDropout(nn.Module):
             return x
         batch, *space, channels, _ = x.shape
         space = [1] * len(space) if self.channels else space
-        keep = min(max(round((1 - self.rate) * 2**16), 1), 2**16 - 1)  # to 16 bits; the mask is made in keep_layout's layout
-        mask = jax.random.bits(self.make_rng("dropout"), (channels, 1, *space, batch), jnp.uint16) < keep
-        mask = keep_layout(mask.transpose(mask.ndim - 1, *range(2, mask.ndim - 1), 0, 1))
-        return jnp.where(mask, keep_layout(x) * np.float32(2**16 / keep).astype(x.dtype), 0)
+        keep = min(max(round((1 - self.rate) * 2**16), 1), 2**16 - 1)  # to 16 bits
+        mask = jax.random.bits(self.make_rng("dropout"), (1, channels, *space, batch), jnp.uint16) < keep
+        return restore(jnp.where(mask, view(x) * np.float32(2**16 / keep).astype(x.dtype), 0))
 
 
 def max_pool(x, window: int = 2, strides: int | None = None):
@@ -155,7 +151,7 @@ def max_pool(x, window: int = 2, strides: int | None = None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _max_pool(x, window, strides):
-    return functools.reduce(jnp.maximum, _windows(x, window, strides))
+    return _in_view(lambda x, first: functools.reduce(jnp.maximum, _windows(x, window, strides, first)), x)
 
 
 def _max_pool_forward(x, window, strides):
@@ -165,24 +161,43 @@ def _max_pool_forward(x, window, strides):
 
 def _max_pool_backward(window, strides, residuals, dy):
     """Equal shares to all points of a window that attain the maximum, so that the gradient is equivariant at ties too."""
-    x, y = residuals
-    views, back = jax.vjp(lambda x: _windows(x, window, strides), x)
-    hits = [v == y for v in views]
-    share = dy / functools.reduce(jnp.add, [h.astype(dy.dtype) for h in hits])
-    if len(hits) == window ** (x.ndim - 3) and strides in (None, window):  # windows tile x: compare with y spread over them
-        for axis in range(1, x.ndim - 2):
-            y, share = (jnp.repeat(a, window, axis, total_repeat_length=x.shape[axis]) for a in (y, share))
-        return (keep_layout(jnp.where(x == y, share, 0)),)
-    return back([jnp.where(h, share, 0) for h in hits])
+
+    def gradient(x, y, dy, first):
+        views, back = jax.vjp(lambda x: _windows(x, window, strides, first), x)
+        hits = [v == y for v in views]
+        share = dy / functools.reduce(jnp.add, [h.astype(dy.dtype) for h in hits])
+        if len(hits) == window ** (x.ndim - 3) and strides in (None, window):  # windows tile x: compare with y spread over them
+            for axis in range(first, first + x.ndim - 3):
+                y, share = (_spread(a, window, axis) for a in (y, share))
+            return jnp.where(x == y, share, 0)
+        return back([jnp.where(h, share, 0) for h in hits])[0]
+
+    return (_in_view(gradient, *residuals, dy),)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
+def _spread(x, window, axis):
+    """Each entry ``window`` times along an axis."""
+    shape = x.shape[:axis + 1] + (window,) + x.shape[axis + 1:]
+    return jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape).reshape(*x.shape[:axis], -1, *x.shape[axis + 1:])
+
+
+def _in_view(function, *fields):
+    """A function of fields and of their first axis of space, computed in the order of axes that suits the platform."""
+    cpu = lambda *fields: restore(function(*map(view, fields), 2))  # noqa: E731
+    return on_platform(cpu, lambda *fields: function(*fields, 1))(*fields)
+
+
 def mean_pool(x, window: int = 2, strides: int | None = None):
     """Mean over windows of space; arguments and alignment as for :func:`max_pool`."""
-    views = _windows(x, window, strides)
-    return functools.reduce(jnp.add, views) / len(views)
+
+    def mean(x, first):
+        views = _windows(x, window, strides, first)
+        return functools.reduce(jnp.add, views) / len(views)
+
+    return _in_view(mean, x)
 
 
 def blur_pool(x):
@@ -219,18 +234,21 @@ def group_pool(x, reduce: str = "mean"):
     return x.mean(-1) if reduce == "mean" else x.max(-1)
 
 
-def _windows(x, window, strides):
-    """The strided views of x whose k-th entries are the points of window k."""
+def _windows(x, window, strides, first):
+    """The strided views of x, whose axes of space start at ``first``: their k-th entries are the points of window k."""
     strides = window if strides is None else strides
     if window < 1 or strides < 1:
         raise ValueError(f"window and strides must be positive, got {window} and {strides}")
-    space = x.shape[1:-2]
+    axes = slice(first, first + x.ndim - 3)
+    space = x.shape[axes]
     if min(space) < window:
-        raise ValueError(f"a pooling window of {window} does not fit a field of shape {x.shape}")
+        raise ValueError(f"a pooling window of {window} does not fit a field with {space} points")
     reach = [window + (size - window) % strides for size in space]
+    step = np.ones(x.ndim, int)
+    step[axes] = strides
     views = []
     for offset in itertools.product(*map(range, reach)):
-        start = (0, *offset, 0, 0)
-        stop = (len(x), *(size - r + o + 1 for size, r, o in zip(space, reach, offset, strict=True)), *x.shape[-2:])
-        views.append(jax.lax.slice(x, start, stop, (1, *[strides] * len(space), 1, 1)))
+        start, stop = np.zeros(x.ndim, int), np.array(x.shape)
+        start[axes], stop[axes] = offset, [size - r + o + 1 for size, r, o in zip(space, reach, offset, strict=True)]
+        views.append(jax.lax.slice(x, start, stop, step))
     return views

@@ -1,4 +1,4 @@
-"""The memory layout that matrix products want on a CPU, and the steps on arrays in it that "matmul" and "fourier" share."""
+"""The order of axes that matrix products want on a CPU, and the steps on arrays in it that "matmul" and "fourier" share."""
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,24 @@ def on_platform(cpu, default):
     return call
 
 
-def keep_layout(x):
-    """Holds a field [batch, *space, channels, components] and its cotangent in the memory layout of "matmul" on a CPU.
+def view(x):
+    """A field [batch, *space, channels, components] as [components, channels, *space, batch], which matrix products want.
 
-    The layers between convolutions call it, so that a stack of them never transposes in memory; elsewhere it does nothing."""
-    return _keep_layout(x) if x.ndim >= 4 else x
-
-
-def _channels_first(x):
-    return with_layout_constraint(x, Layout(major_to_minor=(x.ndim - 2, x.ndim - 1, *range(1, x.ndim - 2), 0)))
+    All that this library computes on a CPU it computes in this order. XLA moves the transposes through whatever stands between
+    two layers, until they cancel, so that a stack of layers never transposes in memory."""
+    return x.transpose(x.ndim - 1, x.ndim - 2, *range(1, x.ndim - 2), 0)
 
 
-_keep_layout = jax.jit(on_platform(cpu=_channels_first, default=lambda x: x))
+def restore(x):
+    """The inverse of :func:`view`."""
+    return x.transpose(x.ndim - 1, *range(2, x.ndim - 1), 1, 0)
+
+
+def hold(x):
+    """x, in memory and in the order of its axes, where XLA would rather compute it again in whatever it fuses with."""
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
 barrier = jax.lax.optimization_barrier
 
 
@@ -53,8 +59,9 @@ def dot(a, b, contract):
 
 
 def pad(x, padding, strides):
-    """Pads the axes of space with zeros, after spreading their points by the strides."""
-    config = [(0, 0, 0), *((low, high, s - 1) for (low, high), s in zip(padding, strides, strict=True)), (0, 0, 0)]
+    """Pads the axes of space (those before the last one) with zeros, after spreading their points by the strides."""
+    space = [(low, high, s - 1) for (low, high), s in zip(padding, strides, strict=True)]
+    config = [(0, 0, 0)] * (x.ndim - 1 - len(space)) + space + [(0, 0, 0)]
     return barrier(jax.lax.pad(x, jnp.zeros((), x.dtype), config))
 
 

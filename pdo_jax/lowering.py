@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pdo_jax import fourier, matmul
-from pdo_jax.layout import keep_layout, on_platform
+from pdo_jax.layout import on_platform, take
 
-__all__ = ["LOWERINGS", "Fold", "Turn", "convolve", "expand", "keep_layout"]
+__all__ = ["LOWERINGS", "Fold", "Turn", "convolve", "expand"]
 LOWERINGS = ("auto", "dense", "matmul", "fourier")
 CROSSOVER = {2: 256, 4: 128}
 """Bytes of a number -> components · channels, geometric mean of input and output, from which "fourier" is faster on a CPU."""
@@ -47,25 +47,35 @@ class Fold(NamedTuple):
 class Turn(NamedTuple):
     """The orbits ``(c, rc, r²c, …)`` of the components under the rotation r of the plane by 2π / length, axis 0 towards axis 1.
 
-    ``source`` holds those of the input, or is None where r leaves it unchanged (an image); ``target`` those of the output.
+    ``source`` holds those of the input, or is None where r leaves it unchanged (an image; "fourier" then runs as "matmul"),
+    ``target`` those of the output; the coefficients of the first output component of each
+    orbit lie in the span of the rows ``span``.
     """
 
     source: tuple[tuple[int, ...], ...] | None
     target: tuple[tuple[int, ...], ...]
+    span: tuple[tuple[float, ...], ...]
 
 
-def convolve(x, coefficients, stencils, indices, *, strides, padding, lowering="auto", fold=None, turn=None, dtype=None):
+def given(coefficients, wanted=None):
+    """The coefficients [operators, channels, components, features, out components] of the out components that are wanted."""
+    return coefficients if wanted is None else take(coefficients, wanted, -1)
+
+
+def convolve(x, w, stencils, indices, *, strides, padding, coefficients=given, lowering="auto", fold=None, turn=None,
+             dtype=None):
     """Applies a PDO-eConv.
 
     y[b, X, o, A] = Σ_n Σ_{i, C} coefficients[n, i, C, o, A] Σ_K stencils[n, K] x[b, strides · X + K - padding, i, C].
 
     Args:
       x: [batch, *space, channels, components].
-      coefficients: [operators, channels, components, features, out components].
+      w: [operators, channels, components, features, out components], or what ``coefficients`` makes these of.
       stencils: numpy [operators, k, …, k], one axis for each of space.
       indices: the multi-index of each operator.
       strides: an int for each axis of space.
       padding: (before, after) zeros for each axis of space.
+      coefficients: a hashable function of w and of the out components that are wanted (a tuple, or None for all).
       lowering: one of :data:`LOWERINGS`.
       fold: pairs of components, if the layer is equivariant to the point reflection.
       turn: orbits of components, if the layer is equivariant to a rotation of the plane.
@@ -84,33 +94,40 @@ def convolve(x, coefficients, stencils, indices, *, strides, padding, lowering="
         raise ValueError(f"a kernel of size {size} does not fit an input of shape {space} padded by {padding}")
     if lowering == "fourier" and not turn:
         raise ValueError('lowering "fourier" needs an orbit layer of a group of the plane; use "matmul", "dense" or "auto"')
-    program = _program(lowering, stencils.tobytes(), stencils.shape, tuple(indices), tuple(strides), tuple(map(tuple, padding)),
-                       fold, turn)
-    return program(x.astype(dtype or x.dtype), coefficients)
+    program = _program(lowering, coefficients, stencils.tobytes(), stencils.shape, tuple(indices), tuple(strides),
+                       tuple(map(tuple, padding)), fold, turn)
+    return program(x.astype(dtype or x.dtype), w)
 
 
 @functools.lru_cache(maxsize=256)
-def _program(lowering, data, shape, indices, strides, padding, fold, turn):
-    """The compiled function of (x, coefficients) that computes a layer."""
+def _program(lowering, coefficients, data, shape, indices, strides, padding, fold, turn):
+    """The compiled function of (x, w) that computes a layer."""
     stencils = np.frombuffer(data).reshape(shape)
 
-    def by_convolution(x, coefficients):
-        y = _dense(x, expand(coefficients, stencils), strides, padding)
-        return y.reshape(*y.shape[:-1], *coefficients.shape[-2:])
+    def by_convolution(x, w):
+        c = coefficients(w)
+        y = _dense(x, expand(c, stencils), strides, padding)
+        return y.reshape(*y.shape[:-1], *c.shape[-2:])
 
-    def by_matmul(x, coefficients):
-        rows = math.prod(coefficients.shape[1:3]), math.prod(coefficients.shape[3:])
-        outer_axes = 0 if 4 * rows[0] <= rows[1] else len(strides) - 1  # few inputs (an image): all factors on the input
-        return matmul.convolve(x, coefficients, matmul.plan(data, shape, indices, strides, padding, fold, outer_axes))
+    def by_matmul(x, w):
+        few = 4 * math.prod(x.shape[-2:]) <= rows(w)  # inputs, such as an image: all factors on the input
+        plan = matmul.plan(data, shape, indices, strides, padding, fold, 0 if few else len(strides) - 1)
+        return matmul.convolve(x, coefficients(w, plan.fold and plan.fold.target[0]), plan)
 
-    def by_fourier(x, coefficients):
-        return fourier.convolve(x, coefficients, fourier.plan(data, shape, indices, strides, padding, turn))
+    def by_fourier(x, w):
+        if turn.source is None:
+            return by_matmul(x, w)
+        plan = fourier.plan(data, shape, indices, strides, padding, turn)
+        return fourier.convolve(x, coefficients(w, tuple(orbit[0] for orbit in turn.target)), plan)
 
-    def auto(x, coefficients):
+    def auto(x, w):
         if x.dtype.itemsize not in CROSSOVER:
-            return by_convolution(x, coefficients)
-        wide = math.prod(coefficients.shape[1:]) >= CROSSOVER[x.dtype.itemsize] ** 2
-        return on_platform(by_fourier if turn and wide else by_matmul, by_convolution)(x, coefficients)
+            return by_convolution(x, w)
+        wide = math.prod(x.shape[-2:]) * rows(w) >= CROSSOVER[x.dtype.itemsize] ** 2
+        return on_platform(by_fourier if turn and turn.source and wide else by_matmul, by_convolution)(x, w)
+
+    def rows(w):
+        return math.prod(jax.eval_shape(coefficients, w).shape[-2:])
 
     return jax.jit({"auto": auto, "dense": by_convolution, "matmul": by_matmul, "fourier": by_fourier}[lowering])
 
@@ -128,6 +145,3 @@ def _dense(x, kernel, strides, padding):
     numbers = jax.lax.ConvDimensionNumbers(last, (dim + 1, dim, *range(dim)), last)
     return jax.lax.conv_general_dilated(x.reshape(*x.shape[:-2], -1), kernel.astype(x.dtype), strides, padding,
                                         dimension_numbers=numbers)
-
-
-

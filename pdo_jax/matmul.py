@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pdo_jax.layout import barrier, dot, flat, keep_layout, pad, take, taps
+from pdo_jax.layout import barrier, dot, flat, hold, pad, restore, take, taps, view
 
 
 class Plan:
@@ -86,32 +86,21 @@ def _parity(factors):
 
 @functools.partial(jax.jit, static_argnums=2)
 def convolve(x, coefficients, plan):
-    dtype, dim = x.dtype, len(plan.strides)
-    batch_last = [dim + 1, dim + 2, *range(1, dim + 1), 0]
-    x, c = keep_layout(x).transpose(batch_last), coefficients  # [channels, components, *space, batch]
-    if plan.fold is None:
-        parts, kernels = [x], [c]
-    else:
-        (first, second), c = plan.fold.target, c[..., np.array(plan.fold.target[0])]
-        if plan.fold.source is None:
-            parts, kernels = [x], [c]
-        else:
-            source = [np.array(s) for s in plan.fold.source]
-            x1, x2 = (take(x, s, 1) for s in source)
-            c1, c2 = (take(c, s, 2) for s in source)
-            parts, kernels = [x1 + x2, x1 - x2], [(c1 + c2) / 2, (c1 - c2) / 2]
-    parts = tuple(p.reshape(-1, *p.shape[2:]) for p in parts)
-    n, channels, components, features, out = kernels[0].shape
-    kernels = [k.transpose(0, 3, 4, 1, 2).reshape(n, features * out, channels * components) for k in kernels]
+    """``coefficients`` are those of ``plan.fold.target[0]`` alone where the plan folds."""
+    x, dtype, fold = hold(view(x)), x.dtype, plan.fold
+    parts, kernels = [x], [coefficients]
+    if fold and fold.source:
+        x1, x2 = (take(x, s, 0) for s in fold.source)
+        c1, c2 = (take(coefficients, s, 2) for s in fold.source)
+        parts, kernels = [x1 + x2, x1 - x2], [(c1 + c2) / 2, (c1 - c2) / 2]
+    n, _, _, features, out = coefficients.shape
+    kernels = [k.transpose(0, 4, 3, 2, 1).reshape(n, out * features, -1) for k in kernels]
     blocks = tuple(jnp.tensordot(jnp.asarray(plan.mix, k.dtype), k, 1).astype(dtype) for k in kernels)
-    y = _pipeline(plan, parts, blocks)
-    y = [p.reshape(features, out, *p.shape[1:]) for p in y]
-    if plan.fold is not None:
-        order = np.argsort([*first, *second])
-        y = take(jnp.concatenate([y[0] + y[1], y[0] - y[1]], 1), order, 1)
-    else:
-        y = y[0]
-    return keep_layout(y.astype(dtype).transpose(dim + 2, *range(2, dim + 2), 0, 1))
+    y = _pipeline(plan, tuple(p.reshape(-1, *p.shape[2:]) for p in parts), blocks)
+    y = [p.reshape(out, features, *p.shape[1:]) for p in y]
+    if fold:
+        y = [take(jnp.concatenate([y[0] + y[1], y[0] - y[1]]), np.argsort([*fold.target[0], *fold.target[1]]), 0)]
+    return restore(hold(y[0].astype(dtype)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

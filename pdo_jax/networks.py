@@ -62,7 +62,7 @@ class MnistRotNet(nn.Module):
             x = GroupConv(self.head_features, kernel_size=1, **options, name="head_conv")(x)
             x = nn.relu(layers.GroupBatchNorm(axis_name=self.axis_name, name="head_norm")(x, train))
             x = layers.group_pool(x.astype(jnp.float32).mean((1, 2)), "max")
-        x = x.reshape(len(x), -1).astype(jnp.float32)
+        x = x.reshape(x.shape[0], -1).astype(jnp.float32)
         return nn.Dense(self.num_classes, use_bias=self.head != "paper", name="head")(x)
 
 
@@ -122,7 +122,7 @@ class ResNet(nn.Module):
                 y = conv(width, strides=strides)(y)
                 x = x + conv(width)(activate(y))
         x = activate(x).astype(jnp.float32).mean(range(1, 1 + self.group.dim))
-        x = layers.group_pool(x) if self.invariant else x.reshape(len(x), -1)
+        x = layers.group_pool(x) if self.invariant else x.reshape(x.shape[0], -1)
         return nn.Dense(self.num_classes, name="head")(x)
 
 

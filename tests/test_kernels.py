@@ -27,14 +27,14 @@ def normal(*shape, seed=0):
 
 def lifting_kernel(w, bank):
     """[k, …, k, channels, features, order]."""
-    c = kernels.lifting_coefficients(jnp.asarray(w), bank)
+    c = kernels.Coefficients(bank)(jnp.asarray(w))
     kernel = np.asarray(lowering.expand(c, bank.stencils))
     return kernel.reshape(*kernel.shape[:-2], *c.shape[1:2], *c.shape[3:])
 
 
 def group_kernel(w, bank, group):
     """[k, …, k, channels, order of the input, features, order of the output]."""
-    c = kernels.group_coefficients(jnp.asarray(w), bank, group)
+    c = kernels.Coefficients(bank, group)(jnp.asarray(w))
     kernel = np.asarray(lowering.expand(c, bank.stencils))
     return kernel.reshape(*kernel.shape[:-2], *c.shape[1:])
 
@@ -235,7 +235,7 @@ def test_group_coefficients_equal_a_plain_loop(group):
     """c[n, i, C, o, A] = Σ_p turned[A, p, n] w[p, i, A^{-1}C, o], entry by entry, with A^{-1}C from the matrices."""
     bank = kernels.bank(group, 3, "paper")
     w = normal(bank.turned.shape[1], 2, group.order, 3)
-    c = np.asarray(kernels.group_coefficients(jnp.asarray(w), bank, group))
+    c = np.asarray(kernels.Coefficients(bank, group)(jnp.asarray(w)))
     assert c.shape == (len(bank.indices), 2, group.order, 3, group.order)
     for a in range(group.order):
         for b in range(group.order):
@@ -254,7 +254,7 @@ def test_gradient_of_group_coefficients_is_that_of_a_gather(group):
     def plain(w):
         return plain_gather(jnp.einsum("picf,apn->nifac", w, jnp.asarray(bank.turned, w.dtype)), group)
 
-    value, pullback = jax.vjp(lambda w: kernels.group_coefficients(w, bank, group), w)
+    value, pullback = jax.vjp(lambda w: kernels.Coefficients(bank, group)(w), w)
     expected, plain_pullback = jax.vjp(plain, w)
     np.testing.assert_allclose(value, expected, atol=1e-6)
     np.testing.assert_allclose(pullback(g)[0], plain_pullback(g)[0], atol=1e-5)

@@ -267,9 +267,9 @@ def test_gradient_of_max_pool(space, window, strides):
 
 @pytest.mark.parametrize("pool", [pdo.max_pool, pdo.mean_pool])
 def test_bad_windows_are_named(pool):
-    """A window larger than an axis, or one that is not positive, raises ValueError with the shape."""
+    """A window larger than an axis, or one that is not positive, raises ValueError with the points."""
     x = jnp.ones((1, 5, 3, 2, 4))
-    with pytest.raises(ValueError, match=r"window of 4 does not fit .*\(1, 5, 3, 2, 4\)"):
+    with pytest.raises(ValueError, match=r"window of 4 does not fit .*\(5, 3\)"):
         pool(x, 4)
     for window, strides in ((0, None), (2, 0), (2, -1)):
         with pytest.raises(ValueError, match="must be positive"):

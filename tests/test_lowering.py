@@ -79,11 +79,11 @@ def layer(case, name, dtype=None):
     bank = kernels.bank(case.group, case.size, case.basis, case.scheme, case.frame)
 
     def fn(w, x):
-        c = kernels.group_coefficients(w, bank, case.group) if case.lifted else kernels.lifting_coefficients(w, bank)
         return lowering.convolve(
-            x, c, bank.stencils, bank.indices, strides=case.strides or (1,) * case.group.dim,
+            x, w, bank.stencils, bank.indices, strides=case.strides or (1,) * case.group.dim,
             padding=case.padding or ((case.size // 2,) * 2,) * case.group.dim, lowering=name,
-            fold=conv.fold(case.group, case.lifted), turn=conv.turn(case.group, case.lifted), dtype=dtype)
+            coefficients=kernels.Coefficients(bank, case.group if case.lifted else None), dtype=dtype,
+            fold=conv.fold(case.group, case.lifted), turn=conv.turn(case.group, bank, case.lifted))
 
     return fn
 
@@ -200,15 +200,6 @@ def test_bad_input(name):
         call(padding=((0, 0), (0, 1)), lowering=name)
     with pytest.raises(ValueError, match="one of .*dense"):
         call(padding=((2, 2), (2, 2)), lowering=name + "x")
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 3, 1, 2), (2, 3, 4, 1, 2), (2, 3, 4, 2, 1, 2)])
-def test_keep_layout_is_the_identity(shape):
-    """keep_layout changes no number and no gradient, plain, jitted or mapped, for any number of axes."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    for fn in (lowering.keep_layout, jax.jit(lowering.keep_layout), jax.vmap(lowering.keep_layout)):
-        np.testing.assert_array_equal(fn(x), x)
-    np.testing.assert_allclose(jax.jit(jax.grad(lambda x: (lowering.keep_layout(x) ** 3).sum()))(x), 3 * x**2, rtol=1e-6)
 
 
 def test_the_table_covers_every_axis_of_choice():

@@ -1,0 +1,292 @@
+"""Speed, measured: `python -m experiments.benchmark [--parts layers,steps] [--peers --peer-python PATH] [--out DIR]`.
+
+Prints Markdown tables, and keeps `benchmark.md`, `benchmark.json` (every number of every run) and `growth.png` in DIR up to
+date after each case, so that an interrupted run loses nothing. The parts:
+
+layers     a GroupConv of p8 in each lowering: forward, and with the gradients of input and weights
+steps      training steps of the paper's networks, as `experiments.train` makes them
+growth     a GroupConv of 16 channels against the order of the cyclic group, and the exponent of its growth
+inference  MnistRotNet folded into plain convolutions, and as it is
+construct  from `import pdo_jax` to the first step, in fresh processes
+
+Beside them stand plain Flax convolutions of equal channels and of equal parameters, and with --peers PyTorch (the dense network
+of equal channels), escnn and e2cnn, where the Python given by --peer-python has them. The programs of a case run in turn, so
+that all meet the same machine. With --tpu the networks are compiled for a TPU instead, which need not be there.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pdo_jax as pdo
+from experiments import cases, config, main, peers, tables, timing, workdir
+from experiments.cases import FULL, QUICK, Sizes, Task
+from pdo_jax import export
+
+ROOT = Path(__file__).parents[1]
+DENSE_PEER, PEERS = ("torch",), ("torch", "escnn", "e2cnn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line says; `python` is that of the peers, None for none."""
+
+    networks: Sequence[str]
+    dtypes: Sequence[str] = ("float32", "bfloat16")
+    lowerings: Sequence[str] = ()  # empty: those of each part
+    runs: int = 10
+    python: str | None = None
+    profile: Path | None = None
+    sizes: Sizes = FULL
+
+    def race(self, case: Mapping, programs: Mapping, requests: Sequence[Mapping], reference: str = "auto") -> list[dict]:
+        requests = requests if self.python else []
+        return timing.race(case, programs, requests, self.python, self.runs, reference, self.profile)
+
+
+matmul_peak = functools.cache(timing.matmul_peak)
+
+
+# Layers
+
+
+def layers(options: Options) -> Iterator[list[dict]]:
+    group = pdo.groups.cyclic(8)
+    for (channels, batch, size), dtype in itertools.product(options.sizes.layers, options.dtypes):
+        width = channels * group.order
+        programs = cases.group_layers(group, channels, batch, size, dtype, options.lowerings or pdo.lowering.LOWERINGS)
+        equal = round(math.sqrt(programs["auto", "training"].facts["parameters"] / 25))
+        for name, features in (("Flax, equal channels", width), ("Flax, equal parameters", equal)):
+            conv = nn.Conv(features, (5, 5), use_bias=False, dtype=dtype)
+            programs |= cases.layer_programs(name, conv, (batch, size, size, features))
+        requests = [cases.layer_case(peer, group, channels, batch, size, dtype) for peer in PEERS]
+        rows = options.race({"case": f"{width} channels, {batch} × {size}²", "dtype": dtype}, programs, requests)
+        for row in rows:
+            if "median" in row and row["program"] != "Flax, equal parameters":
+                passes = 3 if row["mode"] == "training" else 1
+                row["dense_flops_per_second"] = passes * 2 * 25 * width**2 * batch * size**2 / row["median"]
+                row["of_peak"] = row["dense_flops_per_second"] / matmul_peak(dtype, options.sizes.matmul, options.runs)
+        yield rows
+
+
+def growth(options: Options) -> Iterator[list[dict]]:
+    for dtype, order in itertools.product(options.dtypes, options.sizes.orders):
+        group, shape = pdo.groups.cyclic(order), options.sizes.growth
+        programs = cases.group_layers(group, *shape, dtype, options.lowerings or pdo.lowering.LOWERINGS, ["training"])
+        requests = [cases.layer_case(peer, group, *shape, dtype) for peer in DENSE_PEER]
+        yield options.race({"order": order, "dtype": dtype}, programs, requests)
+
+
+# Networks
+
+
+def steps(options: Options) -> Iterator[list[dict]]:
+    for name, dtype in itertools.product(options.networks, options.dtypes):
+        task, programs = options.sizes.tasks[name], {}
+        given = cases.setting(task, dtype)
+        variants = {lowering: (cases.setting(task, dtype, lowering=lowering), 0) for lowering in ("auto", *options.lowerings)}
+        if task.loop:  # as an epoch runs
+            variants[f"auto, {task.loop} steps in a loop"] = given, task.loop
+        state = cases.state(given, task.shape)
+        for label, (variant, loop) in variants.items():
+            programs[label, "training"] = cases.step_program(variant, task.shape, state, loop)
+        for label, network in cases.baselines(given.network, task.shape).items():
+            plain = dataclasses.replace(given, network=network)
+            programs[label, "training"] = cases.step_program(plain, task.shape, cases.state(plain, task.shape))
+        requests = [cases.network_case(peer, "training step", given, task) for peer in PEERS]
+        rows = options.race({"case": f"{name}, batch {task.batch}", "dtype": dtype}, programs, requests)
+        for row in rows:
+            if row["program"] == "auto":
+                row["peak_bytes"] = fresh(task, dtype)["peak_bytes"]
+            if "median" in row:
+                row["examples_per_second"] = task.batch / row["median"]
+        yield rows
+
+
+def inference(options: Options) -> Iterator[list[dict]]:
+    task = options.sizes.tasks["MnistRotNet"]
+    for dtype in options.dtypes:
+        given, programs = cases.setting(task, dtype), {}
+        network = given.network.clone(dtype=dtype)
+        variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *task.shape)))
+        plain, folded = export.to_plain(network, variables, (1, *task.shape))
+        for batch in options.sizes.batches:
+            images = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *task.shape)), jnp.float32)
+            for name, module, values in (("folded", plain, folded), ("not folded", network, variables)):
+                program = timing.program(timing.free_layout(module.apply), values, images)
+                program.facts["parameters"] = cases.parameters(values)
+                programs[name, f"batch {batch}"] = program
+        requests = [cases.network_case(peer, "inference", given, task, batches=options.sizes.batches) for peer in DENSE_PEER]
+        rows = options.race({"case": "MnistRotNet", "dtype": dtype}, programs, requests, reference="folded")
+        for row in rows:
+            if "median" in row:
+                row["examples_per_second"] = int(row["mode"].split()[1]) / row["median"]
+        yield rows
+
+
+# Fresh processes
+
+
+def construct(options: Options) -> Iterator[list[dict]]:
+    code = ("import time; a = time.perf_counter(); import flax.linen; b = time.perf_counter(); import pdo_jax; "
+            "print([b - a, time.perf_counter() - b])")
+    below, own = map(statistics.median, zip(*(child(code) for _ in range(min(options.runs, 5))), strict=True))
+    yield [{"case": "import pdo_jax", "dtype": "", "import_seconds": below + own, "own_import_seconds": own}]
+    for name, dtype in itertools.product(options.networks, options.dtypes):
+        yield [{"case": name, "dtype": dtype} | fresh(options.sizes.tasks[name], dtype)]
+
+
+def fresh(task: Task, dtype: str) -> dict:
+    """What `first_steps` measures, in a process of its own."""
+    return once(f"from experiments.benchmark import Task, first_steps; first_steps({task!r}, {dtype!r})")
+
+
+def child(code: str):
+    """The JSON that a new Python prints last; without a compilation cache."""
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(f"a fresh process ended with code {ended.returncode}:\n{ended.stderr[-2000:]}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+once = functools.cache(child)
+
+
+def first_steps(task: Task, dtype: str):
+    """Prints the seconds from constructing a network to its first step, and the peak of memory in the steps after it."""
+    began = time.perf_counter()
+    given = cases.setting(task, dtype)
+    jitted, data = cases.step(given, task.shape)
+    abstract = jax.eval_shape(lambda: cases.state(given, task.shape))
+    facts = {"construct_seconds": time.perf_counter() - began}
+    compiled, compilation = timing.compile_program(jitted, abstract, *data)
+    began = time.perf_counter()
+    state = jax.block_until_ready(cases.state(given, task.shape))
+    facts["initialise_seconds"] = time.perf_counter() - began
+    run_once = timing.runner(compiled, (state, *data), carry=True)
+    facts["first_step_seconds"] = run_once()
+    peers.forget_peak_memory()
+    for _ in range(2):
+        run_once()
+    print(json.dumps(facts | compilation | {"peak_bytes": peers.peak_memory()}))
+
+
+# The command
+
+
+PARTS = {"layers": layers, "steps": steps, "growth": growth, "inference": inference, "construct": construct}
+
+
+def run(options: Options, parts: Sequence[str], out: Path, command: str) -> dict:
+    """Measures the parts; the files in `out` are whole after every case."""
+    out.mkdir(parents=True, exist_ok=True)
+    results = {
+        "command": command, "quick": options.sizes is not FULL, "runs": options.runs, "peer_python": options.python,
+        "processor": processor(), "load": os.getloadavg()[0], "surroundings": workdir.surroundings(),
+        "peaks": {dtype: matmul_peak(dtype, options.sizes.matmul, options.runs) for dtype in options.dtypes}, "parts": {},
+    }
+    for part in parts:
+        rows = results["parts"][part] = []
+        for more in PARTS[part](options):
+            rows += more
+            if part == "growth":
+                results["slopes"] = tables.slopes(rows)
+                tables.draw_growth(rows, out / "growth.png")
+            workdir.write_json(out / "benchmark.json", results)
+            workdir.write_text(out / "benchmark.md", tables.markdown(results))
+            print(f"{part}: {', '.join(str(value) for value in list(more[0].values())[:2])}", file=sys.stderr, flush=True)
+    return results
+
+
+def processor() -> str:
+    """The name of the CPU, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def compile_for_tpu(topology: str, networks: Sequence[str] | None, out: Path):
+    from experiments import ahead
+
+    rows = ahead.report(topology, networks)
+    text = ahead.markdown(rows)
+    out.mkdir(parents=True, exist_ok=True)
+    workdir.write_json(out / f"{topology.replace(':', '-')}.json", rows)
+    workdir.write_text(out / f"{topology.replace(':', '-')}.md", text)
+    print(text)
+
+
+def command(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser("python -m experiments.benchmark", description="Speed, measured: see the file's head.")
+
+    def several(name, choices, default, about):
+        def read(text):
+            given = tuple(text.split(","))
+            if unknown := [each for each in given if each not in choices]:
+                raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; choose from {','.join(choices)}")
+            return given
+
+        parser.add_argument(name, type=read, default=default, metavar="A,B", help=f"{about}, of {','.join(choices)}")
+
+    several("--parts", tuple(PARTS), tuple(PARTS), "what to measure")
+    several("--networks", tuple(FULL.tasks), None, "of steps, construct and --tpu")
+    several("--dtypes", ("float32", "bfloat16"), ("float32", "bfloat16"), "of the computation")
+    several("--lowerings", pdo.lowering.LOWERINGS, (), "beside auto; default: all for layers and growth, none for steps")
+    parser.add_argument("--runs", type=int, default=10, help="of each program; medians are taken of them")
+    parser.add_argument("--peers", action="store_true", help="also measure PyTorch, escnn and e2cnn")
+    parser.add_argument("--peer-python", default=sys.executable, metavar="PATH", help="a Python that has them")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), metavar="DIR")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="write a jax.profiler trace of each program of ours")
+    parser.add_argument("--tpu", metavar="TOPOLOGY", help="such as v5e:2x2: compile for it and report, measure nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that all runs; the numbers mean nothing")
+    given = parser.parse_args(arguments)
+    if given.runs < 1:
+        parser.error(f"--runs is {given.runs}; give at least 1, and 10 for numbers to report")
+    if given.peers and not shutil.which(given.peer_python):
+        parser.error(f"there is no Python at {given.peer_python}; give --peer-python one that has torch, escnn or e2cnn")
+    if given.peers and jax.default_backend() != "cpu":
+        parser.error(f"the peers run on a CPU, this is a {jax.default_backend()}; set JAX_PLATFORMS=cpu or leave out --peers")
+    jax.config.update("jax_enable_compilation_cache", False)  # the seconds to compile are reported
+    sizes = QUICK if given.quick else FULL
+    networks = given.networks or tuple(sizes.tasks)
+    if missing := [name for name in networks if name not in sizes.tasks]:
+        parser.error(f"--quick has no {', '.join(missing)}; its networks are {','.join(sizes.tasks)}")
+    if given.tpu:
+        try:
+            compile_for_tpu(given.tpu, given.networks, given.out)
+        except config.ConfigError as error:
+            parser.error(str(error))
+        return 0
+    options = Options(networks, given.dtypes, given.lowerings, given.runs, given.peer_python if given.peers else None,
+                      given.profile, sizes)
+    results = run(options, given.parts, given.out, shlex.join(["python", "-m", "experiments.benchmark", *arguments]))
+    print(tables.markdown(results))
+    print(f"all of it: {given.out}/", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    main.restart_with_settings()
+    sys.exit(command())

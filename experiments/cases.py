@@ -1,0 +1,154 @@
+"""What the benchmark measures: its sizes, and for each case the programs of ours and the request to the peers."""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import pdo_jax as pdo
+from experiments import config, timing, train
+from experiments.baselines import MnistRotCNN, ResNetCNN
+
+CONFIGS = Path(__file__).with_name("configs")
+
+
+class Task(NamedTuple):
+    """A network to train: its config, the images of a step, how many steps to run in one loop too, changes in the network."""
+
+    file: str
+    batch: int
+    shape: tuple[int, int, int]
+    loop: int = 0
+    changes: Mapping = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    layers: Sequence = ((7, 128, 24), (23, 128, 16), (45, 64, 8), (80, 32, 8))  # channels of p8, batch, points along an axis
+    growth: tuple = (16, 32, 16)  # the same, for each of
+    orders: Sequence[int] = (4, 6, 8, 12, 16, 24)
+    tasks: Mapping = dataclasses.field(default_factory=lambda: {"MnistRotNet": Task("mnist_rot", 128, (28, 28, 1), 10)} | {
+        name: Task(f"cifar10_{name}", 32, (32, 32, 3)) for name in pdo.networks.PAPER})
+    batches: Sequence[int] = (1, 256)  # of inference
+    matmul: int = 2048
+
+
+FULL = Sizes()
+QUICK = Sizes(layers=((1, 2, 6),), growth=(1, 2, 6), orders=(4, 6), batches=(1, 2), matmul=64, tasks={
+    "MnistRotNet": Task("mnist_rot", 2, (28, 28, 1), 2, {"features": 1}),
+    "p8_wide": Task("cifar10_p8_wide", 2, (8, 8, 3), 0, {"widths": (1, 2, 4), "blocks": 1})})
+
+
+# Layers
+
+
+def group_layers(group, channels, batch, size, dtype, lowerings, modes=("forward", "training")) -> dict:
+    made = {}
+    for name in dict.fromkeys(["auto", *lowerings]):
+        layer = pdo.GroupConv(channels, group, lowering=name, dtype=dtype)
+        made |= layer_programs(name, layer, (batch, size, size, channels, group.order), modes)
+    return made
+
+
+def layer_programs(name: str, layer: nn.Module, shape, modes=("forward", "training")) -> dict:
+    """A layer forward, and with both gradients; from and to the memory layout that the compiler chooses."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), layer.dtype)
+    variables = jax.jit(layer.init)(jax.random.key(0), x[:1])
+
+    def training(variables, x, cotangent):
+        y, pullback = jax.vjp(layer.apply, variables, x)
+        return y, pullback(cotangent)
+
+    calls = {"forward": (layer.apply, variables, x), "training": (training, variables, x, x)}
+    made = {(name, mode): timing.program(timing.free_layout(calls[mode][0]), *calls[mode][1:]) for mode in modes}
+    for program in made.values():
+        program.facts["parameters"] = parameters(variables)
+    return made
+
+
+def layer_case(peer: str, group, channels: int, batch: int, size: int, dtype: str) -> dict:
+    case = {"peer": peer, "kind": "layer", "dtype": dtype, "features": channels, "batch": batch, "size": size}
+    return case | symmetry(group)
+
+
+def symmetry(group) -> dict:
+    return {"order": group.order, "mirrored": bool((np.linalg.det(group.elements) < 0).any())}
+
+
+# Networks
+
+
+def setting(task: Task, dtype: str, **changes) -> config.Config:
+    """The config that trains the network of a task, without augmentation."""
+    given = config.load(CONFIGS / f"{task.file}.py")
+    network = given.network.clone(**{**task.changes, **changes})
+    return dataclasses.replace(given, network=network, batch_size=task.batch, dtype=dtype, augment=None)
+
+
+def step(given: config.Config, shape, loop: int = 0):
+    """(The jitted training step of `experiments.train`, or a loop of so many; its data). Its first argument is a state."""
+    mesh, batch, random = Mesh(jax.devices(), ("data",)), given.batch_size, np.random.default_rng(0)
+    function = train.step_function(given, model(given, shape), 1, mesh.size)
+    jitted = train.repeated(function, True, "jit", mesh) if loop else train.mapped(function, "jit", mesh)
+    images, labels = random.normal(size=(batch, *shape)).astype(np.float32), random.integers(0, 10, batch).astype(np.int32)
+    rows = np.arange(batch, dtype=np.int32)
+    return jitted, (images, labels, np.tile(rows, (loop, 1)) if loop else rows)
+
+
+def step_program(given: config.Config, shape, state: train.State, loop: int = 0) -> timing.Program:
+    jitted, data = step(given, shape, loop)
+    program = timing.program(jitted, state, *data, carry=True, steps=loop or 1)
+    program.facts["parameters"] = parameters(state.params)
+    return program
+
+
+def state(given: config.Config, shape) -> train.State:
+    return train.initial_state(given, model(given, shape), shape)
+
+
+def model(given: config.Config, shape) -> train.Model:
+    return train.make_model(given, np.zeros(shape[-1]), np.ones(shape[-1]))
+
+
+def network_case(peer: str, kind: str, given: config.Config, task: Task, **more) -> dict:
+    network = given.network
+    fields = ("features", "dropout") if isinstance(network, pdo.networks.MnistRotNet) else ("widths", "blocks")
+    case = {"peer": peer, "kind": kind, "network": type(network).__name__, "dtype": given.dtype, "l2": given.l2}
+    case |= {"batch": task.batch, "size": task.shape[0], "channels": task.shape[-1]} | symmetry(network.group)
+    return case | {name: getattr(network, name) for name in fields} | more
+
+
+def baselines(network: nn.Module, shape) -> dict[str, nn.Module]:
+    """Plain 3×3 Flax CNNs of the same layout: with as many channels as the fields have components, and as many parameters."""
+    order = network.group.order
+    if isinstance(network, pdo.networks.MnistRotNet):
+        equal, make = MnistRotCNN(network.features * order), MnistRotCNN
+    else:
+        equal = ResNetCNN(network.blocks, tuple(width * order for width in network.widths))
+
+        def make(width):
+            return ResNetCNN(network.blocks, tuple(width * 2**stage for stage in range(len(network.widths))))
+
+    width = matching_width(lambda width: count(make(width), shape), count(network, shape))
+    return {"Flax, equal channels": equal, "Flax, equal parameters": make(width)}
+
+
+def matching_width(count: Callable[[int], int], target: int) -> int:
+    """The width >= 1 whose count, which grows with it, is nearest to the target."""
+    above = bisect.bisect_left(range(512), target, lo=1, key=count)
+    return min(above, max(above - 1, 1), key=lambda width: abs(count(width) - target))
+
+
+def count(network: nn.Module, shape) -> int:
+    return parameters(jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False)))
+
+
+def parameters(variables: Mapping) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(variables.get("params", variables)))

@@ -1,0 +1,297 @@
+"""Trained networks for inference: folded into plain convolutions, and as a StableHLO program that needs no network to run."""
+
+import functools
+import hashlib
+import inspect
+import json
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import export
+from jax.ad_checkpoint import checkpoint_name
+
+from pdo_jax import conv, kernels, lowering
+from pdo_jax._version import __version__
+from pdo_jax.conv import GroupConv, LiftingConv, PDOConv
+from pdo_jax.layers import GroupBatchNorm
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def to_plain(network, variables, shape, *, dtype=jnp.float32):
+    """Folds a trained network into plain convolutions and merges batch norms into them, for inference.
+
+    ``plain.apply(plain_variables, x)`` equals ``network.apply(variables, x, train=False)``; a network whose ``__call__`` has no
+    ``train`` is called without. In "params", under the path of every LiftingConv, GroupConv and PDOConv, stand an expanded
+    kernel [k, …, k, channels · components, features · out components] and a bias. A GroupBatchNorm becomes a scale and a bias;
+    where a convolution's output goes nowhere but into it, at every call of both, it is merged into the convolution and has no
+    variables. All else stays, also a subclass of these layers with a ``__call__`` of its own.
+
+    Args:
+      network: a Flax module of one input, or a :class:`Plain`, which is returned as it is.
+      variables: its "params", "batch_stats" and whatever else it has.
+      shape: of any input that it takes, [batch, *space, channels]. The modules inside exist only in a call, so one is traced,
+        none is run; the result is good for other sizes as far as the network is.
+      dtype: of that input.
+
+    Returns:
+      (plain, plain_variables): a :class:`Plain` and a new dict.
+
+    Raises:
+      ValueError: variables without "params"; a batch norm that takes the statistics of its batch at inference; a convolution
+        under ``nn.scan`` or ``nn.vmap``.
+
+    >>> import pdo_jax as pdo
+    >>> network = pdo.networks.MnistRotNet(head="paper")
+    >>> variables = jax.jit(network.init)(jax.random.key(0), jnp.ones([1, 28, 28, 1]))
+    >>> plain, folded = to_plain(network, variables, (1, 28, 28, 1))
+    >>> folded["params"]["conv2"]["kernel"].shape, folded["params"]["conv2"]["bias"].shape
+    ((5, 5, 56, 56), (56,))
+    >>> "norm2" in folded["params"]
+    False
+    """
+    if isinstance(network, Plain):
+        return network, variables
+    if "params" not in variables:
+        raise ValueError(f'variables must hold all collections, {{"params": …, "batch_stats": …}}, got {sorted(variables)}')
+    layers, merged = _layers(network, variables, jax.ShapeDtypeStruct((1, *shape[1:]), dtype))
+    flat = flatten_dict({name: dict(collection) for name, collection in variables.items()})
+    norms = {}
+    for path, layer in layers.items():
+        if isinstance(layer, GroupBatchNorm):
+            scale, bias = (flat.pop(("params", *path, name)) for name in ("scale", "bias"))
+            mean, var = (flat.pop(("batch_stats", *path, name)) for name in ("mean", "var"))
+            factor = scale * jax.lax.rsqrt(var + layer.epsilon)
+            norms[path] = factor, bias - mean * factor
+    for path, layer in layers.items():
+        if not isinstance(layer, GroupBatchNorm):
+            kernel = _kernel(layer, flat["params", *path, "kernel"])
+            bias = flat["params", *path, "bias"] if layer.use_bias else jnp.zeros(layer.features, kernel.dtype)
+            components = kernel.shape[-1] // layer.features
+            if path in merged:
+                factor, shift = norms[merged[path]]
+                kernel, bias = kernel * jnp.repeat(factor, components), bias * factor + shift
+            flat["params", *path, "kernel"], flat["params", *path, "bias"] = kernel, jnp.repeat(bias, components)
+    for path in norms.keys() - set(merged.values()):
+        flat["params", *path, "scale"], flat["params", *path, "bias"] = norms[path]
+    return Plain(network), unflatten_dict(flat)
+
+
+class Plain(nn.Module):
+    """A network at inference with plain convolutions, for the variables that :func:`to_plain` gives. Shapes: the network's."""
+
+    network: nn.Module
+
+    def setup(self):
+        nn.share_scope(self, self.network)
+
+    def __call__(self, x):
+        with nn.intercept_methods(_run):
+            return self.network(x, **_inference(self.network))
+
+
+def convolve(x, kernel, bias, strides, padding):
+    """The plain convolution: [batch, *space, channels] and [k, …, k, channels, features] -> [batch, *space', features]."""
+    dim = len(strides)
+    last = (0, dim + 1, *range(1, dim + 1))
+    numbers = jax.lax.ConvDimensionNumbers(last, (dim + 1, dim, *range(dim)), last)
+    y = jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), strides, padding, dimension_numbers=numbers)
+    return y + bias.astype(x.dtype)
+
+
+# To a file
+
+
+def to_stablehlo(network, variables, shape, *, dtype=jnp.float32, platforms=PLATFORMS) -> bytes:
+    """A network at inference as the bytes of one file: a program of a batch of inputs, its variables baked in as constants.
+
+    The bytes are those of ``jax.export``, which ``jax.export.deserialize`` reads too, and behind them a line of JSON with
+    versions (:func:`about`) and a checksum. Needs the package ``flatbuffers``, as ``jax.export`` does.
+
+    Args:
+      network, variables: folded by :func:`to_plain`, now or before.
+      shape: of the input, [batch, *space, channels]; batch None: any, if the network never uses it as an int (``len(x)``).
+      dtype: of the input.
+      platforms: what it shall run on, some of :data:`PLATFORMS`.
+
+    Raises:
+      ValueError: as :func:`to_plain`; an unknown platform; batch None for a network that needs a number.
+    """
+    if isinstance(platforms, str) or not platforms or not set(platforms) <= set(PLATFORMS):
+        raise ValueError(f"platforms must be some of {PLATFORMS}, got {platforms!r}")
+    plain, variables = to_plain(network, variables, shape, dtype=dtype)
+    batch = export.symbolic_shape("batch")[0] if shape[0] is None else shape[0]
+    x = jax.ShapeDtypeStruct((batch, *shape[1:]), dtype)
+    try:
+        program = export.export(jax.jit(lambda x: plain.apply(variables, x)), platforms=platforms)(x)
+    except (TypeError, jax.errors.InconclusiveDimensionOperation) as error:
+        if shape[0] is not None:
+            raise
+        raise ValueError(f"{type(plain.network).__name__} needs its batch as a number ({error}): give one in shape, or write "
+                         "x.shape[0] for len(x) in the network") from error
+    line = {"pdo_jax": __version__, "jax": jax.__version__, "calling_convention": program.calling_convention_version,
+            "platforms": list(platforms), "shape": [n and int(n) for n in shape], "dtype": x.dtype.name}
+    data = bytes(program.serialize()) + _MARK + json.dumps(line).encode()
+    return data + _checksum(data)
+
+
+def from_stablehlo(data: bytes):
+    """The function of a batch of inputs in a file of :func:`to_stablehlo`. Trust it first: it can call whatever jax can.
+
+    Raises:
+      ValueError: another file, a damaged one, or one of a version of ``jax.export`` that this jax does not read.
+    """
+    line = about(data)
+    low, high = export.minimum_supported_calling_convention_version, export.maximum_supported_calling_convention_version
+    if not low <= (version := line["calling_convention"]) <= high:
+        raise ValueError(f"the file is of jax {line['jax']}, calling convention {version}; jax {jax.__version__} reads {low} "
+                         f"to {high}: write it again, or read it with a jax nearer to {line['jax']}")
+    return jax.jit(export.deserialize(bytearray(data)).call)
+
+
+def about(data: bytes) -> dict:
+    """What a file of :func:`to_stablehlo` says of itself: versions of pdo_jax and jax, platforms, shape and dtype of the input.
+
+    Raises:
+      ValueError: another file, or a damaged one.
+    """
+    written, checksum = bytes(data[:-64]), bytes(data[-64:])
+    _, mark, line = written.rpartition(_MARK)
+    if not mark:
+        raise ValueError("expected a file of pdo_jax.export.to_stablehlo, with a line of versions and a checksum at its end, "
+                         f"got {len(data)} bytes without: another file, or one that was cut short")
+    if _checksum(written) != checksum:
+        raise ValueError(f"the file of {len(data)} bytes is damaged: its checksum is not {checksum!r}: write it anew")
+    return json.loads(line)
+
+
+_MARK = b"\npdo_jax.export "
+
+
+def _checksum(data):
+    return hashlib.sha256(data).hexdigest().encode()
+
+
+# What is folded
+
+
+def _inference(network):
+    """The argument that asks a network for inference, if it takes one."""
+    return {"train": False} if "train" in inspect.signature(network.__call__).parameters else {}
+
+
+def _folds(context):
+    return context.method_name == "__call__" and type(context.module).__call__ in (
+        LiftingConv.__call__, GroupConv.__call__, PDOConv.__call__, GroupBatchNorm.__call__)
+
+
+def _norm_input(layer, args, kwargs):
+    x, train = (lambda x, train: (x, train))(*args, **kwargs)
+    if train:
+        raise ValueError(f"{_name(layer)} takes the statistics of its batch at inference too: call it with the network's train")
+    return x
+
+
+def _name(layer):
+    return "/".join(layer.path) or type(layer).__name__
+
+
+def _layers(network, variables, x):
+    """{path: layer to fold} and {path of a convolution: path of the batch norm to merge into it}, from a trace."""
+    layers, outputs, sources = {}, [], {}
+
+    def record(call, args, kwargs, context):
+        if not _folds(context):
+            return call(*args, **kwargs)
+        layer, path = context.module, context.module.path
+        layers[path] = layer
+        if not isinstance(layer, GroupBatchNorm):
+            y = checkpoint_name(call(*args, **kwargs), f"{__name__} {len(outputs)}")
+            outputs.append((path, y, set()))
+            return y
+        x = _norm_input(layer, args, kwargs)
+        before, _, takers = next((output for output in outputs if output[1] is x), (None, None, None))
+        sources.setdefault(path, set()).add(before)
+        if before is None:
+            return call(x, False)
+        takers.add(path)
+        return call(jnp.zeros_like(x), False)  # what then still takes the convolution's output is something else
+
+    def run(variables, x):
+        with nn.intercept_methods(record):
+            return network.apply(variables, x, **_inference(network))
+
+    used = set(_used(jax.make_jaxpr(run)(variables, x).jaxpr))
+    followers = {}  # of each convolution, over all its calls: the paths of batch norms, None for anything else
+    for k, (path, _, takers) in enumerate(outputs):
+        followers.setdefault(path, set()).update({None} if f"{__name__} {k}" in used or not takers else takers)
+    whole = {norm for norm, before in sources.items() if all(followers.get(path) == {norm} for path in before)}
+    return layers, {path: norm for path, (norm, *_) in followers.items() if norm in whole}
+
+
+def _used(jaxpr):
+    """The names, given by checkpoint_name, of values that something takes."""
+    from jax.extend.core import Var, jaxprs_in_params  # here, since it brings in Pallas
+
+    taken = {v for vs in (jaxpr.outvars, *(eqn.invars for eqn in jaxpr.eqns)) for v in vs if isinstance(v, Var)}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "name" and eqn.outvars[0] in taken:
+            yield eqn.params["name"]
+        for inner in jaxprs_in_params(eqn.params):
+            yield from _used(inner)
+
+
+def _kernel(layer, w):
+    """The plain kernel of a layer, at least in float32."""
+    if w.ndim != (3 if isinstance(layer, PDOConv) else 4):
+        raise ValueError(f"{_name(layer)} has a kernel of shape {w.shape}, as under nn.scan or nn.vmap, where it cannot be "
+                         "folded: call the layers in a Python loop")
+    w = jnp.asarray(w, jnp.promote_types(w.dtype, jnp.float32))
+    if isinstance(layer, PDOConv):
+        order = min(layer.kernel_size - 1, 2) if layer.order is None else layer.order
+        return _expand(w, conv._steerable_bank(layer.in_rep, layer.out_rep, order, layer.kernel_size, layer.scheme))
+    bank = kernels.bank(layer.group, layer.kernel_size, layer.basis, layer.scheme, layer.frame)
+    return _expand(w, bank, kernels.Coefficients(bank, layer.group if isinstance(layer, GroupConv) else None))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _expand(w, bank, coefficients=None):
+    c = coefficients(w) if coefficients else jnp.einsum("kif,knoc->nicfo", w, jnp.asarray(bank.basis, w.dtype))
+    return lowering.expand(c, bank.stencils)
+
+
+# How it runs
+
+
+def _run(call, args, kwargs, context):
+    if not _folds(context):
+        return call(*args, **kwargs)
+    layer = context.module
+    if not isinstance(layer, GroupBatchNorm):
+        return _convolution(layer, *args, **kwargs)
+    x = _norm_input(layer, args, kwargs)
+    dtype = layer.dtype or x.dtype
+    if layer.has_variable("params", "scale"):  # not merged
+        scale, bias = (layer.get_variable("params", name)[:, None] for name in ("scale", "bias"))
+        x = x.astype(jnp.float32) * scale + bias
+    return x.astype(dtype)
+
+
+def _convolution(layer, x):
+    group, size = layer.in_rep.group if isinstance(layer, PDOConv) else layer.group, layer.kernel_size
+    kernel, bias = (layer.get_variable("params", name) for name in ("kernel", "bias"))
+    x = x.reshape(*x.shape[:group.dim + 1], -1)
+    strides = conv._per_axis("strides", layer.strides, group.dim)
+    padding, circular = conv._padding(layer.padding, group.dim, size)
+    if kernel is None or kernel.shape[:-1] != (size,) * group.dim + x.shape[-1:]:
+        raise ValueError(f"{_name(layer)} takes a plain kernel, of shape {(size,) * group.dim + x.shape[-1:]} before its last "
+                         f"axis, got {kernel if kernel is None else kernel.shape}: give the variables that to_plain returned")
+    if any(n + sum(p) < size for n, p in zip(x.shape[1:-1], padding, strict=True)):
+        raise ValueError(f"a kernel of size {size} does not fit an input of shape {x.shape[1:-1]} padded by {padding}")
+    if circular:
+        x, padding = jnp.pad(x, ((0, 0), *padding, (0, 0)), mode="wrap"), ((0, 0),) * group.dim
+    x = x.astype(layer.dtype or (x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32))
+    y = convolve(x, kernel, bias, strides, padding)
+    return y.reshape(*y.shape[:-1], layer.features, -1)
