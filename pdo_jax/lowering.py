@@ -29,7 +29,7 @@ from pdo_jax.layout import on_platform, take
 
 __all__ = ["LOWERINGS", "Fold", "Turn", "convolve", "expand"]
 LOWERINGS = ("auto", "dense", "matmul", "fourier")
-CROSSOVER = {2: 256, 4: 128}
+CROSSOVER = {2: 210, 4: 70}
 """Bytes of a number -> components · channels, geometric mean of input and output, from which "fourier" is faster on a CPU."""
 
 
