@@ -55,7 +55,7 @@ class ResNetCNN(nn.Module):
             for block in range(self.blocks):
                 strides = 2 if stage > 0 and block == 0 else 1
                 y = nn.relu(_batch_norm(self, train)(x))
-                shortcut = x if x.shape[-1] == width else conv(width, (1, 1), strides)(y)
+                shortcut = x if x.shape[-1] == width and strides == 1 else conv(width, (1, 1), strides)(y)
                 y = conv(width, (3, 3), strides)(y)
                 y = nn.relu(_batch_norm(self, train)(y))
                 x = shortcut + conv(width, (3, 3))(y)

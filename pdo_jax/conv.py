@@ -34,12 +34,17 @@ class _OrbitConv(nn.Module):
     kernel_init: Callable | None = None
 
     def _convolve(self, x, lifted):
-        group, bank = self.group, kernels.bank(self.group, self.kernel_size, self.basis, self.scheme, self.frame)
-        channels, components = x.shape[-2:]
+        group, coefficients = self.group, self.coefficients()
+        bank, (channels, components) = coefficients.bank, x.shape[-2:]
         init = self.kernel_init or nn.initializers.normal(bank.scale(channels * components, rectified=lifted))
         w = self.param("kernel", init, (bank.turned.shape[1], channels, components, self.features), self.param_dtype)
-        return _apply(self, x, w, bank, coefficients=kernels.Coefficients(bank, group if lifted else None),
-                      fold=fold(group, lifted), turn=turn(group, bank, lifted))
+        return _apply(self, x, w, coefficients, fold=fold(group, lifted), turn=turn(group, bank, lifted))
+
+    @nn.nowrap
+    def coefficients(self) -> kernels.Coefficients:
+        """The function that makes the coefficients of the layer's operators of its parameters."""
+        bank = kernels.bank(self.group, self.kernel_size, self.basis, self.scheme, self.frame)
+        return kernels.Coefficients(bank, self.group if isinstance(self, GroupConv) else None)
 
 
 class LiftingConv(_OrbitConv):
@@ -150,17 +155,23 @@ class PDOConv(nn.Module):
         _check_field("PDOConv", x, group, self.in_rep.dim)
         if self.use_bias and not self.out_rep.is_permutation:
             raise ValueError(f"a bias is equivariant only where the group permutes components, got out_rep={self.out_rep!r}")
-        order = min(self.kernel_size - 1, 2) if self.order is None else self.order
-        bank = _steerable_bank(self.in_rep, self.out_rep, order, self.kernel_size, self.scheme)
-        fan_in = x.shape[-2] * len(bank.basis) / self.out_rep.dim  # each H_k has a kernel of norm 1
+        coefficients = self.coefficients()
+        count = len(coefficients.basis)
+        fan_in = x.shape[-2] * count / self.out_rep.dim  # each H_k has a kernel of norm 1
         w = self.param("kernel", self.kernel_init or nn.initializers.normal(1 / math.sqrt(fan_in)),
-                       (len(bank.basis), x.shape[-2], self.features), self.param_dtype)
-        c = jnp.einsum("kif,knoc->nicfo", w, jnp.asarray(bank.basis, w.dtype))
-        return _apply(self, x, c, bank)
+                       (count, x.shape[-2], self.features), self.param_dtype)
+        return _apply(self, x, w, coefficients)
+
+    @nn.nowrap
+    def coefficients(self) -> "_SteerableCoefficients":
+        """The function that makes the coefficients of the layer's operators of its parameters."""
+        order = min(self.kernel_size - 1, 2) if self.order is None else self.order
+        return _steerable_coefficients(self.in_rep, self.out_rep, order, self.kernel_size, self.scheme)
 
 
-class _SteerableBank:
-    """The basis of :func:`steerable.basis`, mixed until the kernels that it makes are orthonormal, and the stencils."""
+class _SteerableCoefficients:
+    """The basis of :func:`steerable.basis`, mixed until the kernels that it makes are orthonormal, and the stencils; as a
+    function, as :class:`kernels.Coefficients`, of parameters [basis, channels, features]."""
 
     def __init__(self, in_rep, out_rep, order, kernel_size, scheme):
         basis = steerable.basis(in_rep, out_rep, order)
@@ -174,28 +185,38 @@ class _SteerableBank:
         values, vectors = np.linalg.eigh(gram)
         self.basis = np.tensordot(vectors / np.sqrt(values) @ vectors.T, basis, 1)
 
+    def __call__(self, w, wanted=None):
+        basis = self.basis if wanted is None else self.basis[:, :, np.array(wanted)]
+        return jnp.einsum("kif,knoc->nicfo", w, jnp.asarray(basis, w.dtype))
 
-_steerable_bank = functools.lru_cache(maxsize=16)(_SteerableBank)
+
+_steerable_coefficients = functools.lru_cache(maxsize=16)(_SteerableCoefficients)
 
 
-def _apply(module, x, w, bank, **options):
-    """Pads, convolves and adds the bias of a layer."""
-    dim, size = bank.stencils.ndim - 1, bank.stencils.shape[1]
+def _apply(module, x, w, coefficients, **options):
+    """Convolves and adds the bias of a layer."""
+    x, strides, padding = prepare(module, x, coefficients.stencils.ndim - 1)
+    y = lowering.convolve(x, w, coefficients.stencils, coefficients.indices, strides=strides, padding=padding,
+                          coefficients=coefficients, lowering=module.lowering, **options)
+    if module.use_bias:
+        y = y + module.param("bias", nn.initializers.zeros, (module.features,), module.param_dtype)[:, None].astype(x.dtype)
+    return y
+
+
+def prepare(module, x, dim):
+    """x in the dtype of a layer and padded where that is periodic, its strides, and the zeros (before, after) still to add."""
+    size = module.kernel_size
     strides = _per_axis("strides", module.strides, dim)
     padding, circular = _padding(module.padding, dim, size)
     if circular:
         if min(x.shape[1:dim + 1]) < size // 2:
             raise ValueError(f"circular padding by {size // 2} needs a larger input, got {x.shape[1:dim + 1]}")
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0), (0, 0)), mode="wrap")
+        x = jnp.pad(x, ((0, 0), *padding, *[(0, 0)] * (x.ndim - dim - 1)), mode="wrap")
         padding = ((0, 0),) * dim
     dtype = jnp.dtype(module.dtype or (x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32))
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"a convolution is computed in a floating type, got {dtype}")
-    y = lowering.convolve(x, w, bank.stencils, bank.indices, strides=strides, padding=padding, lowering=module.lowering,
-                          dtype=dtype, **options)
-    if module.use_bias:
-        y = y + module.param("bias", nn.initializers.zeros, (module.features,), module.param_dtype)[:, None].astype(dtype)
-    return y
+    return x.astype(dtype), strides, padding
 
 
 def fold(group, lifted):

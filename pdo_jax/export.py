@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 from jax.ad_checkpoint import checkpoint_name
 
-from pdo_jax import conv, kernels, lowering
+from pdo_jax import conv, lowering
 from pdo_jax._version import __version__
 from pdo_jax.conv import GroupConv, LiftingConv, PDOConv
 from pdo_jax.layers import GroupBatchNorm
@@ -248,18 +248,12 @@ def _kernel(layer, w):
     if w.ndim != (3 if isinstance(layer, PDOConv) else 4):
         raise ValueError(f"{_name(layer)} has a kernel of shape {w.shape}, as under nn.scan or nn.vmap, where it cannot be "
                          "folded: call the layers in a Python loop")
-    w = jnp.asarray(w, jnp.promote_types(w.dtype, jnp.float32))
-    if isinstance(layer, PDOConv):
-        order = min(layer.kernel_size - 1, 2) if layer.order is None else layer.order
-        return _expand(w, conv._steerable_bank(layer.in_rep, layer.out_rep, order, layer.kernel_size, layer.scheme))
-    bank = kernels.bank(layer.group, layer.kernel_size, layer.basis, layer.scheme, layer.frame)
-    return _expand(w, bank, kernels.Coefficients(bank, layer.group if isinstance(layer, GroupConv) else None))
+    return _expand(jnp.asarray(w, jnp.promote_types(w.dtype, jnp.float32)), layer.coefficients())
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _expand(w, bank, coefficients=None):
-    c = coefficients(w) if coefficients else jnp.einsum("kif,knoc->nicfo", w, jnp.asarray(bank.basis, w.dtype))
-    return lowering.expand(c, bank.stencils)
+@functools.partial(jax.jit, static_argnums=1)
+def _expand(w, coefficients):
+    return lowering.expand(coefficients(w), coefficients.stencils)
 
 
 # How it runs
@@ -280,18 +274,13 @@ def _run(call, args, kwargs, context):
 
 
 def _convolution(layer, x):
-    group, size = layer.in_rep.group if isinstance(layer, PDOConv) else layer.group, layer.kernel_size
+    dim = (layer.in_rep.group if isinstance(layer, PDOConv) else layer.group).dim
     kernel, bias = (layer.get_variable("params", name) for name in ("kernel", "bias"))
-    x = x.reshape(*x.shape[:group.dim + 1], -1)
-    strides = conv._per_axis("strides", layer.strides, group.dim)
-    padding, circular = conv._padding(layer.padding, group.dim, size)
-    if kernel is None or kernel.shape[:-1] != (size,) * group.dim + x.shape[-1:]:
-        raise ValueError(f"{_name(layer)} takes a plain kernel, of shape {(size,) * group.dim + x.shape[-1:]} before its last "
-                         f"axis, got {kernel if kernel is None else kernel.shape}: give the variables that to_plain returned")
-    if any(n + sum(p) < size for n, p in zip(x.shape[1:-1], padding, strict=True)):
-        raise ValueError(f"a kernel of size {size} does not fit an input of shape {x.shape[1:-1]} padded by {padding}")
-    if circular:
-        x, padding = jnp.pad(x, ((0, 0), *padding, (0, 0)), mode="wrap"), ((0, 0),) * group.dim
-    x = x.astype(layer.dtype or (x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32))
+    x, strides, padding = conv.prepare(layer, x.reshape(*x.shape[:dim + 1], -1), dim)
+    shape = (layer.kernel_size,) * dim + x.shape[-1:]
+    if kernel is None or kernel.shape[:-1] != shape:
+        raise ValueError(f"{_name(layer)} takes a plain kernel, of shape {shape} before its last axis, got "
+                         f"{kernel if kernel is None else kernel.shape}: give the variables that to_plain returned")
+    lowering.check_fit(layer.kernel_size, x.shape[1:-1], padding)
     y = convolve(x, kernel, bias, strides, padding)
     return y.reshape(*y.shape[:-1], layer.features, -1)

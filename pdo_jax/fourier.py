@@ -143,6 +143,11 @@ def convolve(x, coefficients, plan):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _layer(plan, x, base):
+    return _forward(plan, x, base)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(plan, x, base):
     """x [orbits, N, channels, *space, batch], base [operators · N, orbits · features, orbits · channels] -> y, like x."""
     padded, y = pad(x.astype(jnp.float32), plan.padding, (1, 1)), 0
     for band in plan.bands:
@@ -152,9 +157,10 @@ def _layer(plan, x, base):
 
 
 def _layer_forward(plan, x, base):
-    return _layer(plan, x, base), (x, base)
+    return _forward(plan, x, base), (x, base)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _layer_backward(plan, residuals, dy):
     x, base = residuals
     around = [(k - 1 - low, n + low - (out - 1) * s - 1) for k, n, out, (low, _), s in zip(

@@ -141,6 +141,14 @@ class Coefficients:
     bank: Bank
     group: Group | None = None
 
+    @property
+    def stencils(self):
+        return self.bank.stencils
+
+    @property
+    def indices(self):
+        return self.bank.indices
+
     def __call__(self, w, wanted: tuple[int, ...] | None = None):
         wanted = np.arange(len(self.bank.turned)) if wanted is None else np.array(wanted)
         turned = jnp.asarray(self.bank.turned[wanted], w.dtype)

@@ -1,5 +1,7 @@
 """The order of axes that matrix products want on a CPU, and the steps on arrays in it that "matmul" and "fourier" share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,14 +68,21 @@ def pad(x, padding, strides):
 
 
 def taps(x, stencil, axis, strides):
-    """Correlates x with a stencil along the axes that start at ``axis``, in float32."""
-    total, x, space = None, x.astype(jnp.float32), slice(axis, axis + stencil.ndim)
+    """Correlates x with a stencil along the axes that start at ``axis``, in float32; sums points of equal weight first."""
+    x, space = x.astype(jnp.float32), slice(axis, axis + stencil.ndim)
     step, reach = np.ones(x.ndim, int), np.zeros(x.ndim, int)
     step[space], reach[space] = strides, np.array(stencil.shape) - 1
+    sums = {}
     for k in np.argwhere(stencil):
         start = np.zeros(x.ndim, int)
         start[space] = k
         v = jax.lax.slice(x, start, start + (np.array(x.shape) - reach - 1) // step * step + 1, step)
-        v = v if stencil[tuple(k)] == 1 else jax.lax.mul(v, jax.lax.full_like(v, stencil[tuple(k)]))
-        total = v if total is None else jax.lax.add(total, v)
-    return total
+        weight = stencil[tuple(k)]
+        size = round(abs(weight), 12)
+        if size in sums:
+            total, sign = sums[size]
+            sums[size] = (jax.lax.add if sign == np.sign(weight) else jax.lax.sub)(total, v), sign
+        else:
+            sums[size] = v, np.sign(weight)
+    weighted = [(v, sign * size) for size, (v, sign) in sums.items()]
+    return functools.reduce(jax.lax.add, [v if w == 1 else jax.lax.mul(v, jax.lax.full_like(v, w)) for v, w in weighted])

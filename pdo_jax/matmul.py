@@ -105,6 +105,11 @@ def convolve(x, coefficients, plan):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _pipeline(plan, parts, blocks):
+    return _forward(plan, parts, blocks)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(plan, parts, blocks):
     """Parts [rows, *space, batch] and blocks [outer, inner, out rows, rows] -> output parts [out rows, *space', batch]."""
     dim, split = len(plan.strides), plan.outer_axes
     x = [pad(p, plan.padding, [1] * dim) for p in parts]
@@ -118,9 +123,10 @@ def _pipeline(plan, parts, blocks):
 
 
 def _pipeline_forward(plan, parts, blocks):
-    return _pipeline(plan, parts, blocks), (parts, blocks)
+    return _forward(plan, parts, blocks), (parts, blocks)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _pipeline_backward(plan, residuals, cotangents):
     """The adjoint is a layer of the same form, with turned stencils, on the dilated and padded cotangent of y.
 

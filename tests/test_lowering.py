@@ -156,6 +156,18 @@ def test_auto_is_one_of_the_lowerings():
     assert_close(results(case, "auto", jit=jax.jit), results(case, "dense"), 1e-5)
 
 
+def test_auto_on_a_cpu_follows_the_table():
+    """"fourier" from the crossover on, where the layer commutes with a rotation of the plane; "dense" in float64."""
+    bank = kernels.bank(P8)
+    turn, image = (conv.turn(P8, bank, lifted) for lifted in (True, False))
+    for dtype in map(jnp.dtype, (jnp.float32, jnp.bfloat16)):
+        width = lowering.CROSSOVER[dtype.itemsize]
+        assert lowering.on_cpu(width, width, dtype, turn) == "fourier"
+        assert lowering.on_cpu(width - 1, width, dtype, turn) == "matmul"
+        assert lowering.on_cpu(width, width, dtype, None) == lowering.on_cpu(width, width, dtype, image) == "matmul"
+    assert lowering.on_cpu(8, 8, jnp.dtype(jnp.float64), turn) == "dense"
+
+
 @pytest.mark.parametrize("name", lowering.LOWERINGS[1:])
 def test_inside_a_scan(name):
     """A scan over parameters, differentiated through, equals the loop written out."""
