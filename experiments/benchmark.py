@@ -130,8 +130,11 @@ def inference(options: Options) -> Iterator[list[dict]]:
         plain, folded = export.to_plain(network, variables, (1, *task.shape))
         for batch in options.sizes.batches:
             images = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *task.shape)), jnp.float32)
-            for name, module, values in (("folded", plain, folded), ("not folded", network, variables)):
-                program = timing.program(timing.free_layout(module.apply), values, images)
+            calls = {"folded": (plain.apply, folded), "not folded": (network.apply, variables)}
+            if batch > (part := options.sizes.part):
+                calls[f"not folded, {part} at a time"] = cases.in_parts(network.apply, part), variables
+            for name, (call, values) in calls.items():
+                program = timing.program(timing.free_layout(call), values, images)
                 program.facts["parameters"] = cases.parameters(values)
                 programs[name, f"batch {batch}"] = program
         requests = [cases.network_case(peer, "inference", given, task, batches=options.sizes.batches) for peer in DENSE_PEER]

@@ -37,11 +37,12 @@ class Sizes:
     tasks: Mapping = dataclasses.field(default_factory=lambda: {"MnistRotNet": Task("mnist_rot", 128, (28, 28, 1), 10)} | {
         name: Task(f"cifar10_{name}", 32, (32, 32, 3)) for name in pdo.networks.PAPER})
     batches: Sequence[int] = (1, 256)  # of inference
+    part: int = 64  # of a batch that is worked off in parts, which stay nearer to the cores
     matmul: int = 2048
 
 
 FULL = Sizes()
-QUICK = Sizes(layers=((1, 2, 6),), growth=(1, 2, 6), orders=(4, 6), batches=(1, 2), matmul=64, tasks={
+QUICK = Sizes(layers=((1, 2, 6),), growth=(1, 2, 6), orders=(4, 6), batches=(1, 2), part=1, matmul=64, tasks={
     "MnistRotNet": Task("mnist_rot", 2, (28, 28, 1), 2, {"features": 1}),
     "p8_wide": Task("cifar10_p8_wide", 2, (8, 8, 3), 0, {"widths": (1, 2, 4), "blocks": 1})})
 
@@ -115,6 +116,12 @@ def state(given: config.Config, shape) -> train.State:
 
 def model(given: config.Config, shape) -> train.Model:
     return train.make_model(given, np.zeros(shape[-1]), np.ones(shape[-1]))
+
+
+def in_parts(call: Callable, size: int) -> Callable:
+    """A function of (variables, images [n, …]) that works off so many images at a time; n is a multiple of it."""
+    return lambda variables, x: jax.lax.map(
+        lambda part: call(variables, part), x.reshape(-1, size, *x.shape[1:])).reshape(len(x), -1)
 
 
 def network_case(peer: str, kind: str, given: config.Config, task: Task, **more) -> dict:

@@ -56,6 +56,7 @@ CASES = {
     "p1m": Case(groups.dihedral(1), (5, 4), size=3, basis=2),
     "mirror of axis 0": Case(groups.from_generators([np.diag([-1.0, 1])]), (5, 4), size=3, basis=2),
     "p5, fourth order": Case(groups.cyclic(5), (6, 5), basis=4, channels=2),
+    "p2": Case(groups.cyclic(2), (5, 6), size=3, basis=2, strides=(2, 1)),
     "p24": Case(groups.cyclic(24), (5, 5), channels=1, features=1),
     "one element": Case(groups.cyclic(1), (5, 5), size=3),
     "p8, gaussian": Case(P8, (6, 6), scheme=stencils.gaussian_derivative),
