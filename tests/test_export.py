@@ -206,7 +206,8 @@ def test_a_subclass_with_a_call_of_its_own_stays_as_it_is():
     variables = jit(network.init)(jax.random.key(0), x := trained("one layer")[1])
     plain, folded = to_plain(network, variables, x.shape)
     assert folded["params"]["layers_1"]["kernel"] is variables["params"]["layers_1"]["kernel"]
-    assert_close(jit(plain.apply)(folded, x), infer(network, variables, x))
+    for function in (lambda x: jit(plain.apply)(folded, x), from_stablehlo(to_stablehlo(network, variables, x.shape))):
+        assert_close(function(x), infer(network, variables, x))
 
 
 def test_errors_of_folding():
@@ -251,12 +252,17 @@ def test_round_trip_through_bytes(name):
         "platforms": ["cpu", "cuda", "rocm", "tpu"], "shape": list(x.shape), "dtype": "float32"}
 
 
-def test_any_batch():
-    """Batch None is a program for every batch size; a network that needs the number says so."""
-    network, x, variables = trained("reused")
+@pytest.mark.parametrize("name", ["reused", "mnist, paper", "resnet, stride"])
+def test_any_batch(name):
+    """Batch None is a program for every batch size."""
+    network, x, variables = trained(name)
     function = from_stablehlo(to_stablehlo(network, variables, (None, *x.shape[1:]), platforms=["cpu"]))
     for batch in (1, 2):
         assert_close(function(x[:batch]), infer(network, variables, x[:batch]))
+
+
+def test_a_network_that_needs_its_batch_as_a_number_says_so():
+    _, x, _ = trained("reused")
     counting = Net(lambda x, train: pdo.LiftingConv(1, P4)(x).reshape(len(x), -1))
     with pytest.raises(ValueError, match="Net needs its batch as a number.*give one in shape"):
         to_stablehlo(counting, jit(counting.init)(jax.random.key(0), x), (None, *x.shape[1:]))
