@@ -5,6 +5,7 @@ where a run was interrupted, and prints the result of one that is finished.
 """
 
 import argparse
+import gc
 import glob
 import importlib.metadata
 import os
@@ -48,6 +49,7 @@ def run(options: argparse.Namespace):
 
     from experiments import config, saved, train
 
+    gc.freeze()  # what was imported: the garbage collector would go through all of it again and again while jax traces
     given = config.load(options.config or QUICK, options.set) if options.config or options.set else None
     if options.predict:
         if not (options.evaluate or options.workdir):

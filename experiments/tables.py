@@ -19,10 +19,11 @@ def number(key: str, form: str = ".3g", scale: float = 1) -> Callable[[Mapping],
     return lambda row: format(row[key] * scale, form)
 
 
+COMPILATION = ("trace", "lower", "compile")
 PROGRAM = {"program": lambda row: row["program"], "mode": lambda row: row["mode"]}
 COMPILED = {
     "parameters": number("parameters", ","),
-    "trace + compile, s": lambda row: f"{row['trace_seconds']:.2f} + {row['compile_seconds']:.2f}",
+    "trace + lower + compile, s": lambda row: " + ".join(f"{row[f'{step}_seconds']:.2f}" for step in COMPILATION),
     "GFLOP, estimate": number("flops", scale=1e-9),
     "GB moved, estimate": number("bytes", scale=1e-9),
     "program memory, MB": number("memory_bytes", ".0f", 1e-6),
@@ -39,7 +40,8 @@ COLUMNS = {
         "what": lambda row: row["case"], "dtype": lambda row: row["dtype"],
         "import, s": number("import_seconds", ".2f"), "without jax and flax": number("own_import_seconds", ".2f"),
         "construct + trace, s": lambda row: format(row["construct_seconds"] + row["trace_seconds"], ".2f"),
-        "compile, s": number("compile_seconds", ".2f"), "initialise, s": number("initialise_seconds", ".2f"),
+        "lower, s": number("lower_seconds", ".2f"), "compile, s": number("compile_seconds", ".2f"),
+        "initialise, s": number("initialise_seconds", ".2f"),
         "first step, s": number("first_step_seconds", ".2f"), "peak of the process, MB": number("peak_bytes", ".0f", 1e-6)},
 }
 NOTES = {

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -185,6 +186,7 @@ class _SteerableCoefficients:
         values, vectors = np.linalg.eigh(gram)
         self.basis = np.tensordot(vectors / np.sqrt(values) @ vectors.T, basis, 1)
 
+    @functools.partial(jax.jit, static_argnums=(0, 2))
     def __call__(self, w, wanted=None):
         basis = self.basis if wanted is None else self.basis[:, :, np.array(wanted)]
         return jnp.einsum("kif,knoc->nicfo", w, jnp.asarray(basis, w.dtype))
@@ -193,11 +195,13 @@ class _SteerableCoefficients:
 _steerable_coefficients = functools.lru_cache(maxsize=16)(_SteerableCoefficients)
 
 
-def _apply(module, x, w, coefficients, **options):
+def _apply(module, x, w, coefficients, fold=None, turn=None):
     """Convolves and adds the bias of a layer."""
     x, strides, padding = prepare(module, x, coefficients.stencils.ndim - 1)
+    lowering.check_lowering(module.lowering, turn)
+    way = "dense" if module.is_initializing() else module.lowering  # the quickest to trace: only a shape is wanted
     y = lowering.convolve(x, w, coefficients.stencils, coefficients.indices, strides=strides, padding=padding,
-                          coefficients=coefficients, lowering=module.lowering, **options)
+                          coefficients=coefficients, lowering=way, fold=fold, turn=turn)
     if module.use_bias:
         y = y + module.param("bias", nn.initializers.zeros, (module.features,), module.param_dtype)[:, None].astype(x.dtype)
     return y

@@ -203,25 +203,25 @@ def _matrix(operand, base, dtype):
 def _operand(plan, frequencies, x, strides, dtype):
     """Stacks [frequencies, parts of some rows · channels, *space, batch]."""
     spectrum, stacks = _transform(plan.waves, x), []
+    halves = spectrum, jax.lax.rev(spectrum, (1,))  # (X, X'), (X', X)
     for i in range(0, len(plan.rows), ROWS):
-        pieces = [_row(row, plan.start, frequencies, spectrum, strides).astype(dtype) for row in plan.rows[i:i + ROWS]]
+        pieces = [_row(row, plan.start, frequencies, halves, strides).astype(dtype) for row in plan.rows[i:i + ROWS]]
         stacks.append(barrier(jnp.concatenate(pieces, 1)))
     return [stack.reshape(len(stack), -1, *stack.shape[3:]) for stack in stacks]
 
 
-def _row(row, start, frequencies, spectrum, strides):
+def _row(row, start, frequencies, halves, strides):
     real, imaginary = [], []
     for stencil, shift in row.terms:
-        x = jax.lax.slice_in_dim(spectrum, start[shift], start[shift] + frequencies)
-        for total, v, half in ((real, x, stencil.real), (imaginary, jax.lax.rev(x, (1,)), stencil.imag)):
+        window = (start[shift], start[shift] + frequencies), (0, row.parts)
+        for total, x, half in zip((real, imaginary), halves, (stencil.real, stencil.imag), strict=True):
             half = np.where(np.abs(half) > 1e-12, half, 0)
             if half.any():
-                total.append(taps(v[:, :row.parts], half, 3, strides))
-    y = functools.reduce(jax.lax.add, real) if real else 0
+                total.append(taps(x, half, 3, strides, window))
     if imaginary:  # i (X + iX') = -X' + iX
         sign = np.array([-1, 1], np.float32)[:row.parts].reshape(-1, 1, 1, 1, 1)
-        y += functools.reduce(jax.lax.add, imaginary) * sign
-    return y
+        real.append(functools.reduce(jax.lax.add, imaginary) * sign)
+    return functools.reduce(jax.lax.add, real)
 
 
 def _product(matrix, operand):

@@ -149,6 +149,7 @@ class Coefficients:
     def indices(self):
         return self.bank.indices
 
+    @functools.partial(jax.jit, static_argnums=(0, 2))  # traced once, though each platform's branch and its derivative call it
     def __call__(self, w, wanted: tuple[int, ...] | None = None):
         wanted = np.arange(len(self.bank.turned)) if wanted is None else np.array(wanted)
         turned = jnp.asarray(self.bank.turned[wanted], w.dtype)

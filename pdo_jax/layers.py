@@ -91,6 +91,7 @@ def _normalise_adjoint(options, view, restore, total, x, dy, scale, mean, invers
     return restore(dx.astype(x.dtype)), dscale, dbias
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _by_channel(function, options, x, *rest):
     """``function`` with a float32 view of arrays like x, channels before the last axis, its inverse, and sums over all else.
 

@@ -67,16 +67,21 @@ def pad(x, padding, strides):
     return barrier(jax.lax.pad(x, jnp.zeros((), x.dtype), config))
 
 
-def taps(x, stencil, axis, strides):
-    """Correlates x with a stencil along the axes that start at ``axis``, in float32; sums points of equal weight first."""
-    x, space = x.astype(jnp.float32), slice(axis, axis + stencil.ndim)
-    step, reach = np.ones(x.ndim, int), np.zeros(x.ndim, int)
-    step[space], reach[space] = strides, np.array(stencil.shape) - 1
+def taps(x, stencil, axis, strides, window=()):
+    """Correlates x with a stencil along the axes that start at ``axis``, in float32; sums points of equal weight first.
+
+    Of the axes before, x is cut to the (start, stop) of ``window``."""
+    x, space = jax.lax.convert_element_type(x, jnp.float32), slice(axis, axis + stencil.ndim)
+    low, high, step = np.zeros(x.ndim, int), np.array(x.shape), np.ones(x.ndim, int)
+    if window:
+        low[:len(window)], high[:len(window)] = np.array(window).T
+    step[space] = strides
+    high[space] = (high[space] - stencil.shape) // strides * strides + 1
     sums = {}
     for k in np.argwhere(stencil):
-        start = np.zeros(x.ndim, int)
-        start[space] = k
-        v = jax.lax.slice(x, start, start + (np.array(x.shape) - reach - 1) // step * step + 1, step)
+        offset = np.zeros(x.ndim, int)
+        offset[space] = k
+        v = jax.lax.slice(x, low + offset, high + offset, step)
         weight = stencil[tuple(k)]
         size = round(abs(weight), 12)
         if size in sums:
@@ -84,5 +89,5 @@ def taps(x, stencil, axis, strides):
             sums[size] = (jax.lax.add if sign == np.sign(weight) else jax.lax.sub)(total, v), sign
         else:
             sums[size] = v, np.sign(weight)
-    weighted = [(v, sign * size) for size, (v, sign) in sums.items()]
-    return functools.reduce(jax.lax.add, [v if w == 1 else jax.lax.mul(v, jax.lax.full_like(v, w)) for v, w in weighted])
+    weighted = [(v, np.float32(sign * size)) for size, (v, sign) in sums.items()]
+    return functools.reduce(jax.lax.add, [v if w == 1 else jax.lax.mul(v, w) for v, w in weighted])

@@ -90,14 +90,19 @@ def convolve(x, w, stencils, indices, *, strides, padding, coefficients=given, l
     Raises:
       ValueError: a kernel larger than the padded input, an unknown lowering, or "fourier" for a layer without a ``turn``.
     """
-    if lowering not in LOWERINGS:
-        raise ValueError(f"lowering must be one of {LOWERINGS}, got {lowering!r}")
     check_fit(stencils.shape[1], x.shape[1:-2], padding)
-    if lowering == "fourier" and not turn:
-        raise ValueError('lowering "fourier" needs an orbit layer of a group of the plane; use "matmul", "dense" or "auto"')
+    check_lowering(lowering, turn)
     program = _program(lowering, coefficients, stencils.tobytes(), stencils.shape, tuple(indices), tuple(strides),
                        tuple(map(tuple, padding)), fold, turn)
     return program(x.astype(dtype or x.dtype), w)
+
+
+def check_lowering(lowering, turn):
+    """ValueError for an unknown lowering, and for "fourier" without a ``turn``."""
+    if lowering not in LOWERINGS:
+        raise ValueError(f"lowering must be one of {LOWERINGS}, got {lowering!r}")
+    if lowering == "fourier" and not turn:
+        raise ValueError('lowering "fourier" needs an orbit layer of a group of the plane; use "matmul", "dense" or "auto"')
 
 
 def check_fit(size, space, padding):
