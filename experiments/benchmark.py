@@ -131,9 +131,11 @@ def inference(options: Options) -> Iterator[list[dict]]:
         plain, folded = export.to_plain(network, variables, (1, *task.shape))
         for batch in options.sizes.batches:
             images = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *task.shape)), jnp.float32)
-            calls = {"folded": (plain.apply, folded), "not folded": (network.apply, variables)}
+            calls = {"folded": (plain.clone(lowering="auto").apply, folded), "plain convolutions": (plain.apply, folded),
+                     "not folded": (network.apply, variables)}
             if batch > (part := options.sizes.part):
-                calls[f"not folded, {part} at a time"] = cases.in_parts(network.apply, part), variables
+                calls |= {f"{name}, {part} at a time": (cases.in_parts(call, part), values)
+                          for name, (call, values) in calls.items() if name != "plain convolutions"}
             for name, (call, values) in calls.items():
                 program = timing.program(timing.free_layout(call), values, images)
                 program.facts["parameters"] = cases.parameters(values)

@@ -52,7 +52,8 @@ NOTES = {
              "The peak is that of a process of its own while it trains.",
     "growth": "Forward and both gradients of one 5×5 layer, in ms, against the order N of the cyclic group; the slope is the "
               "exponent of N.",
-    "inference": "MnistRotNet. torch is the dense network of equal channels, its batch norm folded.",
+    "inference": "MnistRotNet. Folded: batch norm merged, computed by the lowerings of the layers or as plain convolutions. "
+                 "torch is the dense network of equal channels, its batch norm folded.",
     "construct": "In fresh processes without a compilation cache. \"Initialise\" compiles and runs that of the weights.",
 }
 

@@ -1,12 +1,15 @@
 """Trained networks for inference: folded into plain convolutions, and as a StableHLO program that needs no network to run."""
 
+import dataclasses
 import functools
 import hashlib
 import inspect
 import json
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
@@ -80,25 +83,24 @@ def to_plain(network, variables, shape, *, dtype=jnp.float32):
 
 
 class Plain(nn.Module):
-    """A network at inference with plain convolutions, for the variables that :func:`to_plain` gives. Shapes: the network's."""
+    """A network at inference with plain convolutions, for the variables that :func:`to_plain` gives. Shapes: the network's.
+
+    Attributes:
+      network: the network.
+      lowering: "dense", or another of :mod:`pdo_jax.lowering`: then a kernel is taken apart into the operators of its layer
+        again. "auto", ``plain.clone(lowering="auto")``, is faster on a CPU and the same elsewhere. Only for kernels as
+        :func:`to_plain` made them: from any other, all that is not of the layer's form would be lost.
+    """
 
     network: nn.Module
+    lowering: str = "dense"
 
     def setup(self):
         nn.share_scope(self, self.network)
 
     def __call__(self, x):
-        with nn.intercept_methods(_run):
+        with nn.intercept_methods(functools.partial(_run, self.lowering)):
             return self.network(x, **_inference(self.network))
-
-
-def convolve(x, kernel, bias, strides, padding):
-    """The plain convolution: [batch, *space, channels] and [k, …, k, channels, features] -> [batch, *space', features]."""
-    dim = len(strides)
-    last = (0, dim + 1, *range(1, dim + 1))
-    numbers = jax.lax.ConvDimensionNumbers(last, (dim + 1, dim, *range(dim)), last)
-    y = jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), strides, padding, dimension_numbers=numbers)
-    return y + bias.astype(x.dtype)
 
 
 # To a file
@@ -111,7 +113,7 @@ def to_stablehlo(network, variables, shape, *, dtype=jnp.float32, platforms=PLAT
     versions (:func:`about`) and a checksum. Needs the package ``flatbuffers``, as ``jax.export`` does.
 
     Args:
-      network, variables: folded by :func:`to_plain`, now or before.
+      network, variables: folded by :func:`to_plain`, before, or now: then with ``lowering="auto"``, the fastest.
       shape: of the input, [batch, *space, channels]; batch None: any, if the network never uses it as an int (``len(x)``).
       dtype: of the input.
       platforms: what it shall run on, some of :data:`PLATFORMS`.
@@ -122,6 +124,8 @@ def to_stablehlo(network, variables, shape, *, dtype=jnp.float32, platforms=PLAT
     if isinstance(platforms, str) or not platforms or not set(platforms) <= set(PLATFORMS):
         raise ValueError(f"platforms must be some of {PLATFORMS}, got {platforms!r}")
     plain, variables = to_plain(network, variables, shape, dtype=dtype)
+    if plain is not network:
+        plain = plain.clone(lowering="auto")  # the kernels in the file stay as they are
     batch = export.symbolic_shape("batch")[0] if shape[0] is None else shape[0]
     x = jax.ShapeDtypeStruct((batch, *shape[1:]), dtype)
     try:
@@ -260,12 +264,12 @@ def _expand(w, coefficients):
 # How it runs
 
 
-def _run(call, args, kwargs, context):
+def _run(way, call, args, kwargs, context):
     if not _folds(context):
         return call(*args, **kwargs)
     layer = context.module
     if not isinstance(layer, GroupBatchNorm):
-        return _convolution(layer, *args, **kwargs)
+        return _convolution(way, layer, *args, **kwargs)
     x = _norm_input(layer, args, kwargs)
     dtype = layer.dtype or x.dtype
     if layer.has_variable("params", "scale"):  # not merged
@@ -274,14 +278,36 @@ def _run(call, args, kwargs, context):
     return x.astype(dtype)
 
 
-def _convolution(layer, x):
-    dim = (layer.in_rep.group if isinstance(layer, PDOConv) else layer.group).dim
+def _convolution(way, layer, x):
+    coefficients, group = layer.coefficients(), layer.in_rep.group if isinstance(layer, PDOConv) else layer.group
+    lifted = x.ndim > group.dim + 2
+    x, strides, padding = conv.prepare(layer, x if lifted else x[..., None], group.dim)
     kernel, bias = (layer.get_variable("params", name) for name in ("kernel", "bias"))
-    x, strides, padding = conv.prepare(layer, x.reshape(*x.shape[:dim + 1], -1), dim)
-    shape = (layer.kernel_size,) * dim + x.shape[-1:]
+    shape = (layer.kernel_size,) * group.dim + (x.shape[-2] * x.shape[-1],)
     if kernel is None or kernel.shape[:-1] != shape:
         raise ValueError(f"{_name(layer)} takes a plain kernel, of shape {shape} before its last axis, got "
                          f"{kernel if kernel is None else kernel.shape}: give the variables that to_plain returned")
-    lowering.check_fit(layer.kernel_size, x.shape[1:-1], padding)
-    y = convolve(x, kernel, bias, strides, padding)
-    return y.reshape(*y.shape[:-1], layer.features, -1)
+    symmetry = {}
+    if not isinstance(layer, PDOConv):
+        symmetry = {"fold": conv.fold(group, lifted), "turn": conv.turn(group, coefficients.bank, lifted)}
+    kernel = kernel.reshape(*kernel.shape[:-2], *x.shape[-2:], layer.features, -1)
+    y = lowering.convolve(x, kernel, coefficients.stencils, coefficients.indices, strides=strides, padding=padding,
+                          coefficients=_Parts(coefficients), kernel=_flat, lowering=way, **symmetry)
+    return y + bias.reshape(layer.features, -1).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """The coefficients of the operators in a plain kernel [k, …, k, channels, components, features, out components]."""
+
+    layer: Callable
+
+    def __call__(self, kernel, wanted=None):
+        stencils = self.layer.stencils
+        inverse = np.linalg.pinv(stencils.reshape(len(stencils), -1)).T  # of stencils that are independent
+        c = jnp.tensordot(jnp.asarray(inverse, kernel.dtype), kernel.reshape(inverse.shape[1], *kernel.shape[-4:]), 1)
+        return lowering.given(c, wanted)
+
+
+def _flat(kernel):
+    return kernel.reshape(*kernel.shape[:-4], kernel.shape[-4] * kernel.shape[-3], -1)

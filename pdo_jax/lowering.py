@@ -65,8 +65,8 @@ def given(coefficients, wanted=None):
     return coefficients if wanted is None else take(coefficients, wanted, -1)
 
 
-def convolve(x, w, stencils, indices, *, strides, padding, coefficients=given, lowering="auto", fold=None, turn=None,
-             dtype=None):
+def convolve(x, w, stencils, indices, *, strides, padding, coefficients=given, kernel=None, lowering="auto", fold=None,
+             turn=None, dtype=None):
     """Applies a PDO-eConv.
 
     y[b, X, o, A] = Σ_n Σ_{i, C} coefficients[n, i, C, o, A] Σ_K stencils[n, K] x[b, strides · X + K - padding, i, C].
@@ -79,6 +79,7 @@ def convolve(x, w, stencils, indices, *, strides, padding, coefficients=given, l
       strides: an int for each axis of space.
       padding: (before, after) zeros for each axis of space.
       coefficients: a hashable function of w and of the out components that are wanted (a tuple, or None for all).
+      kernel: a hashable function of w, the dense kernel as :func:`expand` would make it of the coefficients.
       lowering: one of :data:`LOWERINGS`.
       fold: pairs of components, if the layer is equivariant to the point reflection.
       turn: orbits of components, if the layer is equivariant to a rotation of the plane.
@@ -92,7 +93,7 @@ def convolve(x, w, stencils, indices, *, strides, padding, coefficients=given, l
     """
     check_fit(stencils.shape[1], x.shape[1:-2], padding)
     check_lowering(lowering, turn)
-    program = _program(lowering, coefficients, stencils.tobytes(), stencils.shape, tuple(indices), tuple(strides),
+    program = _program(lowering, coefficients, kernel, stencils.tobytes(), stencils.shape, tuple(indices), tuple(strides),
                        tuple(map(tuple, padding)), fold, turn)
     return program(x.astype(dtype or x.dtype), w)
 
@@ -112,17 +113,16 @@ def check_fit(size, space, padding):
 
 
 @functools.lru_cache(maxsize=256)
-def _program(lowering, coefficients, data, shape, indices, strides, padding, fold, turn):
+def _program(lowering, coefficients, kernel, data, shape, indices, strides, padding, fold, turn):
     """The compiled function of (x, w) that computes a layer."""
     stencils = np.frombuffer(data).reshape(shape)
 
     def by_convolution(x, w):
-        c = coefficients(w)
-        y = _dense(x, expand(c, stencils), strides, padding)
-        return y.reshape(*y.shape[:-1], *c.shape[-2:])
+        y = _dense(x, kernel(w) if kernel else expand(coefficients(w), stencils), strides, padding)
+        return y.reshape(*y.shape[:-1], *outputs(w))
 
     def by_matmul(x, w):
-        few = 4 * math.prod(x.shape[-2:]) <= rows(w)  # inputs, such as an image: all factors on the input
+        few = 4 * math.prod(x.shape[-2:]) <= math.prod(outputs(w))  # inputs, such as an image: all factors on the input
         plan = matmul.plan(data, shape, indices, strides, padding, fold, 0 if few else len(strides) - 1)
         return matmul.convolve(x, coefficients(w, plan.fold and plan.fold.target[0]), plan)
 
@@ -132,11 +132,11 @@ def _program(lowering, coefficients, data, shape, indices, strides, padding, fol
         plan = fourier.plan(data, shape, indices, strides, padding, turn)
         return fourier.convolve(x, coefficients(w, tuple(orbit[0] for orbit in turn.target)), plan)
 
-    def rows(w):
-        return math.prod(jax.eval_shape(coefficients, w).shape[-2:])
+    def outputs(w):
+        return jax.eval_shape(coefficients, w).shape[-2:]
 
     def auto(x, w):
-        chosen = ways[on_cpu(math.prod(x.shape[-2:]), rows(w), x.dtype, turn)]
+        chosen = ways[on_cpu(math.prod(x.shape[-2:]), math.prod(outputs(w)), x.dtype, turn)]
         return chosen(x, w) if chosen is by_convolution else on_platform(chosen, by_convolution)(x, w)
 
     ways = {"dense": by_convolution, "matmul": by_matmul, "fourier": by_fourier}

@@ -52,7 +52,8 @@ class Plan:
         derivatives of high order along both axes."""
         reach = [len(self.used) - self.used[::-1, a:].any(1).argmax() for a in range(self.used.shape[1])]
         a = min(range(len(reach)), key=lambda a: a * len(self.used) + (len(reach) - a) * reach[a])
-        halves = ([r for r in rows if r[0] < a], results), ([r for r in rows if r[0] >= a], [r for r in results if r[0] < reach[a]])
+        halves = (([r for r in rows if r[0] < a], results),
+                  ([r for r in rows if r[0] >= a], [r for r in results if r[0] < reach[a]]))
         return [half for half in halves if all(half)]
 
 

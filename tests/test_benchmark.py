@@ -86,7 +86,8 @@ def test_steps():
 
 def test_inference():
     (rows,) = benchmark.inference(OPTIONS)
-    assert measured(rows) == [(name, "batch 2") for name in ("folded", "not folded", "not folded, 1 at a time")]
+    names = "folded", "plain convolutions", "not folded", "folded, 1 at a time", "not folded, 1 at a time"
+    assert measured(rows) == [(name, "batch 2") for name in names]
     assert rows[0]["ratio"] == 1 and rows[1]["ratio"] == rows[1]["median"] / rows[0]["median"]
 
 

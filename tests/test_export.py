@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from jax.extend.core import jaxprs_in_params
 
 import pdo_jax as pdo
 from pdo_jax import fields, groups, nonlinearities
@@ -142,9 +143,17 @@ def test_outputs_of_the_folded_network(name):
     network, x, variables = trained(name)
     before = jax.tree.map(np.copy, variables)
     plain, folded = to_plain(network, variables, x.shape)
-    assert_close(jit(plain.apply)(folded, x), infer(network, variables, x))
+    for way in (plain, plain.clone(lowering="auto")):
+        assert_close(jit(way.apply)(folded, x), infer(network, variables, x))
     assert jax.tree.all(jax.tree.map(np.array_equal, variables, before))
     assert to_plain(plain, folded, x.shape) == (plain, folded)
+
+
+def primitives(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for inner in jaxprs_in_params(eqn.params):
+            yield from primitives(inner)
 
 
 @each_network
@@ -152,16 +161,27 @@ def test_a_layer_becomes_one_convolution(name):
     """One convolution a layer, no product beside those of linear heads, and kernels, biases and scales as only parameters."""
     network, x, variables = trained(name)
     plain, folded = to_plain(network, variables, x.shape)
-    text, modules = jax.jit(plain.apply).lower(folded, x).as_text(), {}
+    used, modules = list(primitives(jax.make_jaxpr(plain.apply)(folded, x).jaxpr)), {}
     for path, p in flatten_dict(folded["params"]).items():
         modules.setdefault(path[:-1], {})[path[-1]] = p
     kinds = [(*sorted(m), m["kernel"].ndim if "kernel" in m else 0) for m in modules.values()]
     convolutions, norms = NETWORKS[name][2:]
     assert kinds.count(("bias", "kernel", x.ndim)) == convolutions
     assert sum("scale" in kind for kind in kinds) == norms
-    assert text.count("stablehlo.convolution") == convolutions + (name == "reused")  # which calls one of them twice
-    assert text.count("stablehlo.dot_general") == sum(kind[-1] == 2 for kind in kinds)
+    assert used.count("conv_general_dilated") == convolutions + (name == "reused")  # which calls one of them twice
+    assert used.count("dot_general") == sum(kind[-1] == 2 for kind in kinds)
     assert "batch_stats" not in folded or name == "steerable"  # for the norm of vectors, which is not folded
+
+
+def test_what_computes_a_folded_layer():
+    """By default a convolution; with "auto" on a CPU products, of which the point reflection halves the size, and elsewhere a
+    convolution with the kernel as it is."""
+    network, x, variables = trained("one layer")
+    plain, folded = to_plain(network, variables, x.shape)
+    auto = jax.jit(plain.clone(lowering="auto").apply).trace(folded, x)
+    assert "stablehlo.convolution" not in auto.lower(lowering_platforms=("cpu",)).as_text()
+    text = auto.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("stablehlo.convolution") == 1 and "stablehlo.dot_general" not in text
 
 
 def test_names_and_values_of_plain_parameters():
@@ -246,7 +266,7 @@ def test_round_trip_through_bytes(name):
     assert_close(from_stablehlo(data)(x), infer(network, variables, x))
     program = jax.export.deserialize(bytearray(data))
     assert [(v.shape, v.dtype) for v in program.in_avals] == [(x.shape, x.dtype)]
-    assert program.mlir_module().count("stablehlo.convolution") == 4 * NETWORKS[name][2]  # jax writes one for each platform
+    assert "stablehlo.convolution" in program.mlir_module()  # for platforms other than a CPU
     assert about(data) == {
         "pdo_jax": pdo.__version__, "jax": jax.__version__, "calling_convention": program.calling_convention_version,
         "platforms": ["cpu", "cuda", "rocm", "tpu"], "shape": list(x.shape), "dtype": "float32"}
