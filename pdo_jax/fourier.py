@@ -202,22 +202,23 @@ def _matrix(operand, base, dtype):
 
 def _operand(plan, frequencies, x, strides, dtype):
     """Stacks [frequencies, parts of some rows · channels, *space, batch]."""
-    spectrum, stacks = _transform(plan.waves, x), []
-    halves = spectrum, jax.lax.rev(spectrum, (1,))  # (X, X'), (X', X)
+    spectrum, stacks, shifted = _transform(plan.waves, x), [], {}
+    for shift, start in plan.start.items():
+        x = jax.lax.slice_in_dim(spectrum, start, start + frequencies)
+        shifted[shift] = x, jax.lax.rev(x, (1,))  # (X, X'), (X', X)
     for i in range(0, len(plan.rows), ROWS):
-        pieces = [_row(row, plan.start, frequencies, halves, strides).astype(dtype) for row in plan.rows[i:i + ROWS]]
+        pieces = [_row(row, shifted, strides).astype(dtype) for row in plan.rows[i:i + ROWS]]
         stacks.append(barrier(jnp.concatenate(pieces, 1)))
     return [stack.reshape(len(stack), -1, *stack.shape[3:]) for stack in stacks]
 
 
-def _row(row, start, frequencies, halves, strides):
+def _row(row, shifted, strides):
     real, imaginary = [], []
     for stencil, shift in row.terms:
-        window = (start[shift], start[shift] + frequencies), (0, row.parts)
-        for total, x, half in zip((real, imaginary), halves, (stencil.real, stencil.imag), strict=True):
+        for total, x, half in zip((real, imaginary), shifted[shift], (stencil.real, stencil.imag), strict=True):
             half = np.where(np.abs(half) > 1e-12, half, 0)
             if half.any():
-                total.append(taps(x, half, 3, strides, window))
+                total.append(taps(x, half, 3, strides, row.parts))
     if imaginary:  # i (X + iX') = -X' + iX
         sign = np.array([-1, 1], np.float32)[:row.parts].reshape(-1, 1, 1, 1, 1)
         real.append(functools.reduce(jax.lax.add, imaginary) * sign)

@@ -67,14 +67,12 @@ def pad(x, padding, strides):
     return barrier(jax.lax.pad(x, jnp.zeros((), x.dtype), config))
 
 
-def taps(x, stencil, axis, strides, window=()):
-    """Correlates x with a stencil along the axes that start at ``axis``, in float32; sums points of equal weight first.
-
-    Of the axes before, x is cut to the (start, stop) of ``window``."""
+def taps(x, stencil, axis, strides, parts=None):
+    """Correlates x, its first ``parts`` along axis 1, with a stencil along the axes that start at ``axis``, in float32; sums
+    points of equal weight first."""
     x, space = jax.lax.convert_element_type(x, jnp.float32), slice(axis, axis + stencil.ndim)
     low, high, step = np.zeros(x.ndim, int), np.array(x.shape), np.ones(x.ndim, int)
-    if window:
-        low[:len(window)], high[:len(window)] = np.array(window).T
+    high[1] = parts or high[1]
     step[space] = strides
     high[space] = (high[space] - stencil.shape) // strides * strides + 1
     sums = {}
