@@ -2,8 +2,8 @@
 
     python -m experiments.main --config experiments/configs/mnist_rot_20.py --set dtype=bfloat16
 
-Recorded (3 seeds each, last epoch): 4.20 ± 0.35 % test error in bfloat16, 4.21 ± 0.33 % in float32: so the two agree, and so few
-epochs do not reach the 2.39 % of 200.
+Recorded (3 seeds each, last epoch): 4.20 ± 0.35 % test error in bfloat16, 4.21 ± 0.33 % in float32: the two agree. 200 epochs
+reach 2.39 %.
 """
 
 from functools import partial
