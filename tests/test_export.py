@@ -174,8 +174,7 @@ def test_a_layer_becomes_one_convolution(name):
 
 
 def test_what_computes_a_folded_layer():
-    """By default a convolution; with "auto" on a CPU products, of which the point reflection halves the size, and elsewhere a
-    convolution with the kernel as it is."""
+    """With lowering "auto" on a CPU no convolution at all; elsewhere one, with the kernel as it is."""
     network, x, variables = trained("one layer")
     plain, folded = to_plain(network, variables, x.shape)
     auto = jax.jit(plain.clone(lowering="auto").apply).trace(folded, x)
