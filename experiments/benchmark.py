@@ -17,7 +17,6 @@ that all meet the same machine. With --tpu the networks are compiled for a TPU i
 import argparse
 import dataclasses
 import functools
-import gc
 import itertools
 import json
 import math
@@ -179,7 +178,7 @@ once = functools.cache(child)
 
 def first_steps(task: Task, dtype: str):
     """Prints the seconds from constructing a network to its first step, and the peak of memory in the steps after it."""
-    gc.freeze()  # as experiments.main does, once all is imported
+    main.spare()
     began = time.perf_counter()
     given = cases.setting(task, dtype)
     jitted, data = cases.step(given, task.shape)

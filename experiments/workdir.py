@@ -113,7 +113,7 @@ def surroundings() -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
-    settings = ("XLA_FLAGS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_ARENA_MAX")
+    settings = ("XLA_FLAGS", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)",
