@@ -174,21 +174,22 @@ def race(case: Mapping, programs: Mapping[tuple[str, str], Program], peers: Sequ
 
 
 def in_turn(calls: Sequence[Callable[[], float] | None], runs: int) -> list[list[float] | str | None]:
-    """The seconds of each call in `runs` rounds, each call once a round, after one round to warm up.
+    """The seconds of each call in `runs` rounds, each call once a round, directly behind an untimed one of its own.
 
-    The order of each round is drawn, with a fixed seed: none shall run always behind the same other. A peer that fails on the
-    way has its message instead, and None stays None.
+    So that a run finds caches and memory as in a series of its kind, not as another program left them. The order of each round
+    is drawn, with a fixed seed. A peer that fails on the way has its message instead, and None stays None.
     """
     found, random = [None if call is None else [] for call in calls], np.random.default_rng(0)
-    for _ in range(1 + runs):
+    for _ in range(runs):
         for index in random.permutation(len(calls)):
             if isinstance(found[index], list):
                 time.sleep(PAUSE)
                 try:
+                    calls[index]()
                     found[index].append(calls[index]())
                 except PeerError as error:
                     found[index] = str(error)
-    return [seconds[1:] if isinstance(seconds, list) else seconds for seconds in found]
+    return found
 
 
 def summary(seconds: Sequence[float]) -> dict:

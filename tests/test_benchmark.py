@@ -126,11 +126,12 @@ def test_the_sizes_are_those_of_the_paper():
 
 
 def test_programs_and_peers_run_in_turn(server):
-    """Ours and each peer once in every round; a first round warms up; only the modes that ours has are run."""
+    """Ours and each peer in every round, each once to warm up and once timed; only the modes that ours has are run."""
     rows = timing.race({"case": "c"}, programs(0.5, server), [{"peer": "torch"}], sys.executable, 3, "auto")
     prepare, *asked = server.read_text().splitlines()
-    assert prepare == "torch prepare " and len(asked) == 2 * 4
-    assert all({"ours", "peer run forward"} == set(asked[k : k + 2]) for k in range(0, 8, 2))
+    assert prepare == "torch prepare " and len(asked) == 3 * 2 * 2
+    assert all(asked[k] == asked[k + 1] for k in range(0, 12, 2)), "two runs in a row"
+    assert all({"ours", "peer run forward"} == set(asked[k : k + 4]) for k in range(0, 12, 4))
     ours, peer = rows
     assert peer["program"] == "torch" and peer["layout"] == "contiguous" and peer["versions"] == {"peer": "1.2"}
     assert ours["seconds"] == [0.5] * 3 and ours["flops"] == 5 and ours["ratio"] == 1
