@@ -62,7 +62,7 @@ def markdown(results: Mapping) -> str:
     """All of the results, a heading for each part."""
     about = results["surroundings"]
     lines = [
-        f"Made by `{results['command']}`; medians of {results['runs']} runs, taken in turn.", "",
+        f"Made by `{results['command']}`; medians of {results['runs']} runs, taken in turn, each behind an untimed one.", "",
         f"{results['processor']}, {about['host']}, load {results['load']:.1f} at the start; {about['devices']}; "
         f"commit {about['commit']}; "
         + ", ".join(f"{name} {version}" for name, version in {**about["versions"], **peer_versions(results)}.items()) + ".", "",
