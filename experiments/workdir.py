@@ -113,12 +113,12 @@ def surroundings() -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
-    settings = ("XLA_FLAGS", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)",
         "host": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "commit": commit,
         "versions": {"python": platform.python_version()} | versions,
-        "environment": {name: os.environ[name] for name in settings if name in os.environ},
+        "environment": {name: value for name, value in sorted(os.environ.items())
+                        if name in ("XLA_FLAGS", "GLIBC_TUNABLES") or name.startswith("MALLOC_")},
     }
