@@ -104,7 +104,7 @@ def lower(settings: config.Config, images: Sequence[int], mesh: Mesh, steps: int
     model = train.make_model(settings, half, half)
     step = train.step_function(settings, model, max(1, n // settings.batch_size), mesh.size)
     program = train.repeated(step, True, "jit", mesh) if steps else train.mapped(step, "jit", mesh)
-    state = jax.eval_shape(lambda: train.initial_state(settings, model, shape))
+    state = jax.eval_shape(lambda: train.new_state(settings, model, shape))
     rows = (steps, settings.batch_size) if steps else (settings.batch_size,)
     data = [jax.ShapeDtypeStruct(*of) for of in (((n, *shape), jnp.float32), ((n,), jnp.int32), (rows, jnp.int32))]
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pdo_jax as pdo
-from experiments import cases, config, main, peers, tables, timing, workdir
+from experiments import cases, config, main, peers, tables, timing, train, workdir
 from experiments.cases import FULL, QUICK, Sizes, Task
 from pdo_jax import export
 
@@ -182,7 +182,7 @@ def first_steps(task: Task, dtype: str):
     began = time.perf_counter()
     given = cases.setting(task, dtype)
     jitted, data = cases.step(given, task.shape)
-    abstract = jax.eval_shape(lambda: cases.state(given, task.shape))
+    abstract = jax.eval_shape(lambda: train.new_state(given, cases.model(given, task.shape), task.shape))
     facts = {"construct_seconds": time.perf_counter() - began}
     compiled, compilation = timing.compile_program(jitted, abstract, *data)
     began = time.perf_counter()

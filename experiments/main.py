@@ -71,11 +71,12 @@ def run(options: argparse.Namespace):
 
 @functools.cache
 def spare():
-    """Spares time and memory, once all is imported: the garbage collector would go through the imported objects again and
-    again while jax traces, and glibc would keep the hundreds of MB that XLA frees when it has compiled a large program."""
+    """Spares time and memory, once all is imported: the garbage collector would go through what is imported and what jax traces
+    again and again, and glibc would keep the hundreds of MB that XLA frees when it has compiled a large program."""
     from jax import monitoring
 
     gc.freeze()
+    gc.set_threshold(100_000)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
     def compiled(event, seconds, **_):

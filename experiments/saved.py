@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 from PIL import Image, UnidentifiedImageError
 
 from experiments import train
@@ -58,5 +58,7 @@ def load(path: str | Path, config: Config | None = None):
     epoch = int(path.name) if path.parent.name == "checkpoints" and path.name.isdigit() else max(epochs, default=0)
     if epoch not in epochs:
         raise TrainError(f"{workdir} has no checkpoint {epoch or ''}; it has those of the epochs {epochs}")
-    state = restore(workdir, epoch, train.initial_state(config, model, inputs["shape"]))
+    shapes = jax.eval_shape(lambda: train.new_state(config, model, inputs["shape"]))
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    state = restore(workdir, epoch, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes))
     return config, model, state.variables, epoch, inputs["shape"]

@@ -153,13 +153,13 @@ def step_function(config: Config, model: Model, steps_per_epoch: int, devices: i
         name = type(model.network).__name__
         raise TrainError(f"{name} has no field axis_name, so its batch statistics would differ on {devices} devices")
     optimiser = make_optimiser(config, steps_per_epoch)
-    run_key = keys(config)[1]
 
     def step(state, images, labels, rows):
         device = lax.axis_index("data")
         rows = rows.reshape(devices, -1)[device]
         x, y = images[rows], labels[rows]
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(run_key, state.step), device))
+        key = jax.random.fold_in(jax.random.fold_in(keys(config)[1], state.step), device)
+        augment_key, dropout_key = jax.random.split(key)
         if config.augment:
             x = config.augment(augment_key, x)
 
@@ -314,8 +314,13 @@ def make_model(config: Config, mean, deviation) -> Model:
 
 
 def initial_state(config: Config, model: Model, image_shape) -> State:
-    image = jnp.zeros((1, *image_shape))
-    variables = jax.jit(lambda key: model.network.init(key, image, train=False))(keys(config)[0])
+    quickly = {"xla_backend_optimization_level": 1}  # it runs once: the same numbers from half the compilation
+    return jax.jit(lambda: new_state(config, model, image_shape), compiler_options=quickly)()
+
+
+def new_state(config: Config, model: Model, image_shape) -> State:
+    """`initial_state`, to trace: `jax.eval_shape` of it gives the shapes."""
+    variables = model.network.init(keys(config)[0], jnp.zeros((1, *image_shape)), train=False)
     params = variables["params"]
     return State(jnp.int32(0), params, variables.get("batch_stats", {}), make_optimiser(config, 1).init(params))
 

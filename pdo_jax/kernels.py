@@ -129,7 +129,7 @@ def _coordinates(grids, turned):
     return vectors / np.sqrt(values) @ vectors.T
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)  # jax prints the functions that it traces: arrays take it long
 class Coefficients:
     """The coefficients of a layer as a function of its parameters and of the output components A that are wanted.
 

@@ -133,7 +133,7 @@ def _program(lowering, coefficients, kernel, data, shape, indices, strides, padd
         return fourier.convolve(x, coefficients(w, tuple(orbit[0] for orbit in turn.target)), plan)
 
     def outputs(w):
-        return jax.eval_shape(coefficients, w).shape[-2:]
+        return _outputs(coefficients, w.shape, w.dtype)
 
     def auto(x, w):
         chosen = ways[on_cpu(math.prod(x.shape[-2:]), math.prod(outputs(w)), x.dtype, turn)]
@@ -141,6 +141,11 @@ def _program(lowering, coefficients, kernel, data, shape, indices, strides, padd
 
     ways = {"dense": by_convolution, "matmul": by_matmul, "fourier": by_fourier}
     return jax.jit(ways.get(lowering, auto))
+
+
+@functools.lru_cache(maxsize=256)
+def _outputs(coefficients, shape, dtype):
+    return jax.eval_shape(coefficients, jax.ShapeDtypeStruct(shape, dtype)).shape[-2:]
 
 
 def on_cpu(inputs, outputs, dtype, turn):
