@@ -16,10 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 QUICK = Path(__file__).parent / "configs" / "quick.py"
-MALLOC = {  # large pages: big temporaries cost little to touch first, and the memory goes back when a step ends
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "MALLOC_ARENA_MAX": "1",
-}
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # they make it cheap to touch a big temporary first
 FAST_CONVOLUTIONS = ("--xla_cpu_experimental_ynn_fusion_type", "individual_dot")
 CHECKED_JAXLIB = "0.10."  # where the flag was seen to exist and to help; an unknown flag ends the process
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
@@ -122,7 +119,7 @@ def process_settings(environment: Mapping[str, str], accelerators: Sequence[str]
     platforms = environment.get("JAX_PLATFORMS")
     on_cpu = platforms == "cpu" or not platforms and not accelerators
     if on_cpu:
-        settings |= MALLOC
+        settings |= LARGE_PAGES
     settings = {name: value for name, value in settings.items() if name not in environment}
     (flag, value), flags = FAST_CONVOLUTIONS, environment.get("XLA_FLAGS", "")
     if on_cpu and importlib.metadata.version("jaxlib").startswith(CHECKED_JAXLIB) and flag not in flags:
