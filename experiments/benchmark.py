@@ -38,7 +38,7 @@ import numpy as np
 
 import pdo_jax as pdo
 from experiments import cases, config, main, peers, tables, timing, train, workdir
-from experiments.cases import FULL, QUICK, Sizes, Task
+from experiments.cases import FULL, LARGE, QUICK, Sizes, Task
 from pdo_jax import export
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,8 @@ class Options:
     sizes: Sizes = FULL
 
     def race(self, case: Mapping, programs: Mapping, requests: Sequence[Mapping], reference: str = "auto") -> list[dict]:
-        requests = requests if self.python else []
+        device = "cpu" if jax.default_backend() == "cpu" else "cuda"  # torch's name for ROCm too
+        requests = [{"device": device} | request for request in requests if self.python]
         return timing.race(case, programs, requests, self.python, self.runs, reference, self.profile)
 
 
@@ -193,7 +194,9 @@ def first_steps(task: Task, dtype: str):
     peers.forget_peak_memory()
     for _ in range(2):
         run_once()
-    print(json.dumps(facts | compilation | {"peak_bytes": peers.peak_memory()}))
+    on_device = jax.devices()[0].memory_stats()  # None on a CPU
+    peak = on_device["peak_bytes_in_use"] if on_device else peers.peak_memory()
+    print(json.dumps(facts | compilation | {"peak_bytes": peak}))
 
 
 # The command
@@ -206,7 +209,7 @@ def run(options: Options, parts: Sequence[str], out: Path, command: str) -> dict
     """Measures the parts; the files in `out` are whole after every case."""
     out.mkdir(parents=True, exist_ok=True)
     results = {
-        "command": command, "quick": options.sizes is not FULL, "runs": options.runs, "peer_python": options.python,
+        "command": command, "quick": options.sizes is QUICK, "runs": options.runs, "peer_python": options.python,
         "processor": processor(), "load": os.getloadavg()[0], "surroundings": workdir.surroundings(),
         "peaks": {dtype: matmul_peak(dtype, options.sizes.matmul, options.runs) for dtype in options.dtypes}, "parts": {},
     }
@@ -272,10 +275,10 @@ def command(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--runs is {given.runs}; give at least 1, and 10 for numbers to report")
     if given.peers and not shutil.which(given.peer_python):
         parser.error(f"there is no Python at {given.peer_python}; give --peer-python one that has torch, escnn or e2cnn")
-    if given.peers and jax.default_backend() != "cpu":
-        parser.error(f"the peers run on a CPU, this is a {jax.default_backend()}; set JAX_PLATFORMS=cpu or leave out --peers")
+    if given.peers and (backend := jax.default_backend()) not in ("cpu", "gpu"):
+        parser.error(f"the peers run on a CPU or GPU, this is a {backend}; set JAX_PLATFORMS=cpu or leave out --peers")
     jax.config.update("jax_enable_compilation_cache", False)  # the seconds to compile are reported
-    sizes = QUICK if given.quick else FULL
+    sizes = QUICK if given.quick else FULL if jax.default_backend() == "cpu" else LARGE
     networks = given.networks or tuple(sizes.tasks)
     if missing := [name for name in networks if name not in sizes.tasks]:
         parser.error(f"--quick has no {', '.join(missing)}; its networks are {','.join(sizes.tasks)}")
@@ -294,5 +297,6 @@ def command(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # fresh processes and the peers need memory of a GPU too
     main.restart_with_settings()
     sys.exit(command())

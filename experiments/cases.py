@@ -42,6 +42,8 @@ class Sizes:
 
 
 FULL = Sizes()
+LARGE = Sizes(layers=((7, 1024, 24), (23, 1024, 16), (45, 512, 8), (80, 256, 8)), growth=(16, 256, 16), part=4096, matmul=8192,
+              tasks={name: task._replace(batch=128, loop=10) for name, task in FULL.tasks.items()})  # for a GPU or TPU
 QUICK = Sizes(layers=((1, 2, 6),), growth=(1, 2, 6), orders=(4, 6), batches=(1, 2), part=1, matmul=64, tasks={
     "MnistRotNet": Task("mnist_rot", 2, (28, 28, 1), 2, {"features": 1}),
     "p8_wide": Task("cifar10_p8_wide", 2, (8, 8, 3), 0, {"widths": (1, 2, 4), "blocks": 1})})

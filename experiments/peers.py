@@ -7,8 +7,9 @@ It imports nothing of this project. Each line of its input is a request in JSON,
 
 or by {"error": what went wrong}, which is "not installed" where the Python lacks the library. The peers are "torch" (a dense
 network of equal channels), "escnn" (R2Conv, regular fields) and "e2cnn" (R2Diffop, regular fields); the kinds are the functions
-in KINDS. Each runs in the faster of torch's two memory layouts, which `prepare` finds with two runs of each. bfloat16 is
-torch.autocast, or in inference a model of that type.
+in KINDS. Each runs on the case's "device", "cpu" or "cuda", in the faster of torch's two memory layouts, which `prepare` finds
+with two runs of each. bfloat16 is torch.autocast, or in inference a model of that type. On a GPU cuDNN may try its algorithms
+and multiplies float32 as TF32, both as XLA does.
 """
 
 import contextlib
@@ -45,8 +46,13 @@ def prepare(case):
     names = {"torch": ["torch"], "escnn": ["torch", "escnn"], "e2cnn": ["torch", "e2cnn"]}[case["peer"]]
     versions = {name: importlib.import_module(name).__version__ for name in names}
     torch.manual_seed(0)
+    on_gpu = case["device"] == "cuda"
+    if on_gpu:
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
     began = time.perf_counter()
     modules, modes, arrange = KINDS[case["kind"]](case)
+    modules.to(case["device"])
     answer = {"modes": list(modes), "versions": versions, "construct_seconds": time.perf_counter() - began}
     formats = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
     seconds, current = {mode: {} for mode in modes}, None
@@ -56,35 +62,39 @@ def prepare(case):
         if layout != current:
             modules.to(memory_format=formats[layout])
             modules.zero_grad(set_to_none=True)
-            arrange(formats[layout])
+            arrange(device=case["device"], memory_format=formats[layout])
             current = layout
 
     for layout in formats:
         use(layout)
         for mode, function in modes.items():
             function()
-            seconds[mode][layout] = min(timed(function) for _ in range(2))
+            seconds[mode][layout] = min(timed(function, case["device"]) for _ in range(2))
     best = {mode: min(found, key=found.get) for mode, found in seconds.items()}
 
     def run(mode):
         use(best[mode])
-        return timed(modes[mode])
+        return timed(modes[mode], case["device"])
 
-    forget_peak_memory()
+    (torch.cuda.reset_peak_memory_stats if on_gpu else forget_peak_memory)()
     for mode in modes:
         run(mode)
-    answer |= {"layout": best, "peak_bytes": peak_memory(), "threads": torch.get_num_threads()}
+    held = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
+    answer |= {"layout": best, "peak_bytes": held, "threads": torch.get_num_threads()}
     return run, answer | {"parameters": sum(p.numel() for p in modules.parameters())}
 
 
-def timed(function):
+def timed(function, device):
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     began = time.perf_counter()
     function()
+    wait()
     return time.perf_counter() - began
 
 
 def peak_memory():
-    """The most memory in bytes that this process has held, since `forget_peak_memory`; None where the system does not say.
+    """The most host memory in bytes that this process has held, since `forget_peak_memory`; None where the system does not say.
 
     From Linux's VmHWM: the ru_maxrss of a process starts from that of the process that started it.
     """
@@ -189,12 +199,12 @@ def layer(case):
     shape = case["batch"], case["features"] * case["order"], case["size"], case["size"]
     data = {"x": torch.randn(shape, dtype=dtype, requires_grad=True), "cotangent": torch.randn(shape, dtype=dtype)}
 
-    def arrange(layout):
+    def arrange(**place):
         for name, x in data.items():
-            data[name] = x.detach().to(memory_format=layout).requires_grad_(name == "x")
+            data[name] = x.detach().to(**place).requires_grad_(name == "x")
 
     def apply():
-        with autocast(dtype):
+        with autocast(case):
             return make.unwrap(module(make.wrap(data["x"], field)))
 
     def training():
@@ -207,7 +217,6 @@ def layer(case):
 
 def training_step(case):
     """Forward, backward and update of a network: "MnistRotNet" with Adam, "ResNet" with Nesterov's SGD."""
-    dtype = getattr(torch, case["dtype"])
     module, forward = NETWORKS[case["network"]](kit(case), case)
     module.train()
     if case["network"] == "MnistRotNet":
@@ -215,15 +224,15 @@ def training_step(case):
     else:
         optimiser = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=case["l2"])
     data = {"images": torch.randn(case["batch"], case["channels"], case["size"], case["size"])}
-    labels = torch.arange(case["batch"]) % 10
+    labels = torch.arange(case["batch"], device=case["device"]) % 10
 
-    def arrange(layout):
-        data["images"] = data["images"].to(memory_format=layout)
+    def arrange(**place):
+        data["images"] = data["images"].to(**place)
         optimiser.state.clear()  # the moments would keep the layout that the gradients had
 
     def training():
         optimiser.zero_grad(set_to_none=True)
-        with autocast(dtype):
+        with autocast(case):
             logits = forward(data["images"])
         torch.nn.functional.cross_entropy(logits.float(), labels).backward()
         optimiser.step()
@@ -238,8 +247,8 @@ def inference(case):
     module.to(dtype).eval()
     images = {f"batch {n}": torch.randn(n, case["channels"], case["size"], case["size"], dtype=dtype) for n in case["batches"]}
 
-    def arrange(layout):
-        images.update({name: x.to(memory_format=layout) for name, x in images.items()})
+    def arrange(**place):
+        images.update({name: x.to(**place) for name, x in images.items()})
 
     return module, {name: torch.inference_mode()(lambda name=name: forward(images[name])) for name in images}, arrange
 
@@ -295,8 +304,8 @@ def resnet(make, case):
     return modules, forward
 
 
-def autocast(dtype):
-    return torch.autocast("cpu", torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
+def autocast(case):
+    return torch.autocast(case["device"], torch.bfloat16, enabled=case["dtype"] == "bfloat16")
 
 
 KINDS = {"layer": layer, "training step": training_step, "inference": inference}

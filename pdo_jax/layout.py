@@ -8,18 +8,23 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
 
-def on_platform(cpu, default):
-    """Two functions that compute the same; the platform that a program is compiled for takes one, and its derivative."""
+def on_platform(cpu, default, cpu_alone=None):
+    """Functions that compute the same; the platform that a program is compiled for takes one, and its derivative.
+
+    Where nothing is differentiated a CPU takes ``cpu_alone``, by default ``cpu``."""
 
     @jax.custom_vjp
     def call(*arguments):
-        return jax.lax.platform_dependent(*arguments, cpu=cpu, default=default)
+        return jax.lax.platform_dependent(*arguments, cpu=cpu_alone or cpu, default=default)
+
+    def forward(*arguments):
+        return jax.lax.platform_dependent(*arguments, cpu=cpu, default=default), arguments
 
     def backward(arguments, cotangent):
         cpu_pullback, default_pullback = (lambda a, g, f=f: jax.vjp(f, *a)[1](g) for f in (cpu, default))
         return jax.lax.platform_dependent(arguments, cotangent, cpu=cpu_pullback, default=default_pullback)
 
-    call.defvjp(lambda *arguments: (call(*arguments), arguments), backward)
+    call.defvjp(forward, backward)
     return call
 
 

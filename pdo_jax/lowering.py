@@ -29,11 +29,12 @@ from pdo_jax.layout import on_platform, take
 
 __all__ = ["LOWERINGS", "Fold", "Turn", "convolve", "expand"]
 LOWERINGS = ("auto", "dense", "matmul", "fourier")
-CROSSOVER = {2: 210, 4: 70}
-"""Bytes of a number -> channels · components, geometric mean of input and output, from which "fourier" is faster on a CPU.
+CROSSOVER = {2: (480, 210), 4: (260, 70)}
+"""Bytes of a number -> channels · components, geometric mean of input and output, from which "fourier" is faster on a CPU:
+forward alone, and forward and backward.
 
-Measured forward and backward on 2 cores with AVX-512 and AMX, for maps of 8² to 32² points and N = 6, 8, 12: the map and the
-group change where the two meet by less than they differ from run to run."""
+Measured on 2 cores with AVX-512 and AMX, for maps of 8² to 32² points and N = 6, 8, 12: the map and the group change where the
+two meet by less than they differ from run to run."""
 
 
 class Fold(NamedTuple):
@@ -136,8 +137,9 @@ def _program(lowering, coefficients, kernel, data, shape, indices, strides, padd
         return _outputs(coefficients, w.shape, w.dtype)
 
     def auto(x, w):
-        chosen = ways[on_cpu(math.prod(x.shape[-2:]), math.prod(outputs(w)), x.dtype, turn)]
-        return chosen(x, w) if chosen is by_convolution else on_platform(chosen, by_convolution)(x, w)
+        size = math.sqrt(math.prod(x.shape[-2:]) * math.prod(outputs(w)))
+        alone, differentiated = (ways[name] for name in on_cpu(size, x.dtype, turn))
+        return alone(x, w) if alone is by_convolution else on_platform(differentiated, by_convolution, alone)(x, w)
 
     ways = {"dense": by_convolution, "matmul": by_matmul, "fourier": by_fourier}
     return jax.jit(ways.get(lowering, auto))
@@ -148,12 +150,11 @@ def _outputs(coefficients, shape, dtype):
     return jax.eval_shape(coefficients, jax.ShapeDtypeStruct(shape, dtype)).shape[-2:]
 
 
-def on_cpu(inputs, outputs, dtype, turn):
-    """The lowering that "auto" takes on a CPU, for so many channels · components of input and output."""
+def on_cpu(size, dtype, turn):
+    """What "auto" takes on a CPU for so many channels · components: forward alone, and where it is differentiated."""
     if dtype.itemsize not in CROSSOVER:
-        return "dense"
-    wide = inputs * outputs >= CROSSOVER[dtype.itemsize] ** 2
-    return "fourier" if wide and turn and turn.source else "matmul"
+        return "dense", "dense"
+    return tuple("fourier" if size >= least and turn and turn.source else "matmul" for least in CROSSOVER[dtype.itemsize])
 
 
 def expand(coefficients, stencils):

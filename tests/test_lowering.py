@@ -162,11 +162,22 @@ def test_auto_on_a_cpu_follows_the_table():
     bank = kernels.bank(P8)
     turn, image = (conv.turn(P8, bank, lifted) for lifted in (True, False))
     for dtype in map(jnp.dtype, (jnp.float32, jnp.bfloat16)):
-        width = lowering.CROSSOVER[dtype.itemsize]
-        assert lowering.on_cpu(width, width, dtype, turn) == "fourier"
-        assert lowering.on_cpu(width - 1, width, dtype, turn) == "matmul"
-        assert lowering.on_cpu(width, width, dtype, None) == lowering.on_cpu(width, width, dtype, image) == "matmul"
-    assert lowering.on_cpu(8, 8, jnp.dtype(jnp.float64), turn) == "dense"
+        alone, differentiated = lowering.CROSSOVER[dtype.itemsize]
+        assert lowering.on_cpu(alone, dtype, turn) == ("fourier", "fourier")
+        assert lowering.on_cpu(alone - 1, dtype, turn) == ("matmul", "fourier")
+        assert lowering.on_cpu(differentiated - 1, dtype, turn) == ("matmul", "matmul")
+        assert lowering.on_cpu(alone, dtype, None) == lowering.on_cpu(alone, dtype, image) == ("matmul", "matmul")
+    assert lowering.on_cpu(8, jnp.dtype(jnp.float64), turn) == ("dense", "dense")
+
+
+def test_auto_takes_another_lowering_where_it_is_differentiated():
+    """Between the two crossovers, forward alone equals "matmul" to the bit, and a forward pass with a pullback "fourier"."""
+    case = Case(P4, (5, 5), size=3, channels=20, features=20)
+    assert lowering.on_cpu(80, jnp.dtype(jnp.float32), conv.turn(P4, kernels.bank(P4, 3), True)) == ("matmul", "fourier")
+    alone = {name: jit(layer(case, name))(*arguments(case)) for name in ("auto", "matmul", "fourier")}
+    np.testing.assert_array_equal(alone["auto"], alone["matmul"])
+    assert (alone["matmul"] != alone["fourier"]).any()
+    np.testing.assert_array_equal(results(case, "auto")[0], results(case, "fourier")[0])
 
 
 @pytest.mark.parametrize("name", lowering.LOWERINGS[1:])
