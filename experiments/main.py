@@ -18,7 +18,7 @@ from pathlib import Path
 QUICK = Path(__file__).parent / "configs" / "quick.py"
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # they make it cheap to touch a big temporary first
 FAST_CONVOLUTIONS = ("--xla_cpu_experimental_ynn_fusion_type", "individual_dot")
-CHECKED_JAXLIB = "0.10."  # where the flag was seen to exist and to help; an unknown flag ends the process
+CHECKED_JAXLIB = ("0.10.", "0.11.", "0.12.")  # where the flag was seen to exist; an unknown flag ends the process
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
 
 

@@ -55,10 +55,15 @@ def compile_program(jitted: Callable, *arguments):
         "trace_seconds": to_lower - began,
         "lower_seconds": to_compile - to_lower,
         "compile_seconds": ended - to_compile,
-        "flops": costs.get("flops"),
-        "bytes": costs.get("bytes accessed"),
+        "flops": known(costs.get("flops")),
+        "bytes": known(costs.get("bytes accessed")),
         "memory_bytes": held + memory.temp_size_in_bytes,
     }
+
+
+def known(cost: float | None) -> float | None:
+    """None where XLA does not know: of a GPU's convolutions, which cuDNN computes, it says -1."""
+    return cost if cost and cost > 0 else None
 
 
 def program(jitted: Callable, *arguments, carry: bool = False, steps: int = 1) -> Program:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from quick import jit
 
 import pdo_jax as pdo
 from pdo_jax import fields, groups, operators, stencils
@@ -16,8 +17,6 @@ from pdo_jax import fields, groups, operators, stencils
 LINE, P4, P6, P8, P4M, P6M = (groups.reflection(1), groups.cyclic(4), groups.cyclic(6), groups.cyclic(8), groups.dihedral(4),
                               groups.dihedral(6))
 TETRA, CUBE, O_H, ICOSA = groups.tetrahedral(), groups.octahedral(), groups.octahedral(True), groups.icosahedral()
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # much is compiled, little computed
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def shape(batch, space, channels, law):

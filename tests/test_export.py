@@ -10,14 +10,13 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
+from quick import jit
 
 import pdo_jax as pdo
 from pdo_jax import fields, groups, nonlinearities
 from pdo_jax.export import about, from_stablehlo, to_plain, to_stablehlo
 from pdo_jax.networks import MnistRotNet, ResNet
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # much is compiled, little computed
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 P4, P8, LINE, ROCK = groups.cyclic(4), groups.cyclic(8), groups.reflection(1), groups.tetrahedral()
 REGULAR, VECTOR = fields.regular(P4), fields.standard(P4)
 SMALL = dict(features=2, head_features=3)

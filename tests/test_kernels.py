@@ -1,17 +1,16 @@
 """Kernels: the reference implementation's numbers, the action of the group, energies, variance, permutations, bad input."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import jit
 
 import pdo_jax as pdo
 from pdo_jax import groups, kernels, lowering, stencils
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # much is compiled, little computed
 P8, P6M, CUBE = groups.cyclic(8), groups.dihedral(6), groups.octahedral()
 HALF_STEP = math.pi / 8
 CLOSED = {

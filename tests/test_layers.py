@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from quick import jit
 
 import pdo_jax as pdo
 from pdo_jax import groups
 
 LINE, P8, P4M, O_H = groups.reflection(1), groups.cyclic(8), groups.dihedral(4), groups.octahedral(True)
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # much is compiled, little computed
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):

@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import jit
 
 from pdo_jax import conv, groups, kernels, lowering, stencils
 
 P4, P6, P8, P4M = groups.cyclic(4), groups.cyclic(6), groups.cyclic(8), groups.dihedral(4)
 LINE, T, O_H = groups.reflection(1), groups.tetrahedral(), groups.octahedral(True)
 POINT = groups.from_generators([-np.eye(3)], name="point reflection")
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # much is compiled, little computed
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def shifted(alpha, size):

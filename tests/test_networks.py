@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import jit
 
 import pdo_jax as pdo
 from pdo_jax import groups
 from pdo_jax.networks import PAPER, MnistRotNet, ResNet
-
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # much is compiled, little computed
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def parameters(network, *shape):

@@ -15,6 +15,7 @@ from unittest import mock
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import optax
 import pytest
@@ -434,7 +435,8 @@ def test_the_command_line_trains_evaluates_and_predicts(tmp_path, capsys, monkey
     assert "no config file" in capsys.readouterr().err
 
 
-def test_process_settings_apply_on_a_cpu_and_leave_what_the_user_set():
+def test_process_settings_apply_on_a_cpu_and_leave_what_the_user_set(monkeypatch):
+    monkeypatch.setattr(main, "CHECKED_JAXLIB", jaxlib.__version__)
     settings = main.process_settings({}, accelerators=[])
     flag = "--xla_cpu_experimental_ynn_fusion_type"
     assert settings["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1" and settings["XLA_FLAGS"] == f"{flag}=individual_dot"
@@ -447,8 +449,11 @@ def test_process_settings_apply_on_a_cpu_and_leave_what_the_user_set():
     assert set(main.process_settings({}, ["/dev/nvidia0"])) == {"JAX_COMPILATION_CACHE_DIR"}
     assert set(main.process_settings({"JAX_PLATFORMS": "cuda,cpu"}, [])) == {"JAX_COMPILATION_CACHE_DIR"}
     assert "XLA_FLAGS" in main.process_settings({"JAX_PLATFORMS": "cpu"}, ["/dev/nvidia0"])
+    monkeypatch.setattr(main, "CHECKED_JAXLIB", "0.9.")
+    assert "XLA_FLAGS" not in main.process_settings({}, []), "an unknown flag would end the process"
 
 
+@pytest.mark.skipif(not jaxlib.__version__.startswith(main.CHECKED_JAXLIB), reason="the flag may not exist in this jaxlib")
 def test_process_settings_take_effect(tmp_path):
     """The program starts again with them, and XLA then leaves convolutions to its faster implementation."""
     (tmp_path / "c.py").write_text(
