@@ -53,6 +53,13 @@ def test_equivariant_functions_have_no_error(group):
         assert_equivariant(fn, x, group)
 
 
+def test_products_are_taken_in_full_precision():
+    """Also on a GPU or TPU, whose default would drown the error of an equivariant function; the user's setting comes back."""
+    seen, before = [], jax.config.jax_default_matmul_precision
+    error(lambda x: seen.append(jax.config.jax_default_matmul_precision) or x, image(P4), P4)
+    assert seen == ["highest"] * 5 and jax.config.jax_default_matmul_precision == before
+
+
 @GROUPS
 def test_other_functions_have_large_errors(group):
     """Images, fields and invariants of the same shapes that are not equivariant: 0 for the identity alone."""
