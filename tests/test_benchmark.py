@@ -120,6 +120,7 @@ def test_the_sizes_are_those_of_the_paper():
     assert list(cases.FULL.tasks) == ["MnistRotNet", "p6", "p6m", "p8", "p8_wide"]
     tasks = (cases.FULL.tasks[name] for name in ("MnistRotNet", "p8_wide"))
     assert [cases.count(cases.setting(task, "float32").network, task.shape) for task in tasks] == [26747, 4591630]
+    assert {name: task.batch for name, task in cases.LARGE.tasks.items()} == dict.fromkeys(cases.FULL.tasks, 128)
 
 
 # Races
@@ -136,6 +137,15 @@ def test_programs_and_peers_run_in_turn(server):
     assert peer["program"] == "torch" and peer["layout"] == "contiguous" and peer["versions"] == {"peer": "1.2"}
     assert ours["seconds"] == [0.5] * 3 and ours["flops"] == 5 and ours["ratio"] == 1
     assert peer["seconds"] == [0.25] * 3 and peer["ratio"] == 0.5, "where a peer wins, the ratio is below 1"
+
+
+@pytest.mark.parametrize("backend, device", [("cpu", "cpu"), ("gpu", "cuda")])
+def test_peers_run_on_the_kind_of_device_that_ours_run_on(monkeypatch, backend, device):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(timing, "race", lambda case, programs, requests, *rest: requests)
+    options, torch = dataclasses.replace(OPTIONS, python="python"), {"peer": "torch"}
+    assert options.race({}, {}, [torch]) == [torch | {"device": device}]
+    assert OPTIONS.race({}, {}, [torch]) == [], "without a Python that has them, none"
 
 
 def test_a_peer_that_is_not_there_does_not_end_the_run(server):
@@ -195,6 +205,7 @@ def test_medians_ratios_and_slopes():
     rows = [{"program": name, "mode": mode, "median": m}
             for name, mode, m in [("auto", "a", 2.0), ("auto", "b", 4.0), ("other", "a", 3.0), ("other", "b", 1.0)]]
     assert [row["ratio"] for row in timing.with_ratios(rows, "auto")] == [1, 1, 1.5, 0.25]
+    assert [timing.known(cost) for cost in (5.0, -1.0, None)] == [5.0, None, None], "-1: XLA does not know"
     assert tables.fitted_slope([4, 6, 8, 24], [5 * n**1.7 for n in (4, 6, 8, 24)]) == pytest.approx(1.7)
     growth = [{"dtype": "float32", "program": "auto", "order": n, "median": 1e-3 * n**2} for n in (4, 8)]
     growth.append({"dtype": "float32", "program": "torch", "order": 4, "note": "not installed"})
