@@ -18,8 +18,8 @@ def error(fn, x, group: groups.Group, *, radius: float | None = None) -> np.ndar
     points of y within ``radius`` of its centre count; the interpolation adds an error of its own, so compare on smooth,
     well-resolved x.
 
-    Float32 is multiplied in full precision here. By default a GPU rounds its factors to TF32 and a TPU to bfloat16, which by
-    itself makes errors of 1e-4 to 1e-2, in this measure as in what the function is used for.
+    Float32 is multiplied in full precision here. By default a GPU rounds its factors to TF32, which by itself makes errors of
+    1e-4 in whatever fn is used for, and a TPU to bfloat16.
 
     Args:
       fn: maps [batch, *space, channels] to one of the above.

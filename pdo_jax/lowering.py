@@ -33,8 +33,8 @@ CROSSOVER = {2: (480, 210), 4: (260, 70)}
 """Bytes of a number -> channels · components, geometric mean of input and output, from which "fourier" is faster on a CPU:
 forward alone, and forward and backward.
 
-Measured on 2 cores with AVX-512 and AMX, for maps of 8² to 32² points and N = 6, 8, 12: the map and the group change where the
-two meet by less than they differ from run to run."""
+Measured on 2 cores with AVX-512 and AMX, the second for maps of 8² to 32² points and N = 6, 8, 12: map and group change
+where the two meet by less than they differ from run to run. The first lies between widths of the benchmark's layers, N = 8."""
 
 
 class Fold(NamedTuple):
