@@ -24,6 +24,7 @@ import numpy as np
 from pdo_jax.layout import barrier, dot, hold, pad, restore, take, taps, view
 
 ROWS = 5  # stacked at a time: XLA fuses a concatenation of few arrays with what makes them, and copies many
+SIGN = np.array([-1, 1], np.float32).reshape(-1, 1, 1, 1, 1)
 
 
 class Row(NamedTuple):
@@ -39,28 +40,26 @@ class Row(NamedTuple):
 
 class Operand(NamedTuple):
     """The rows of an operand, and the constant [frequencies, parts, parts of the rows, operators · N] that turns base
-    coefficients into the matrices that meet them; ``waves`` lead to the spectrum, of which the frequencies that a shift leads
-    to are a slice from ``start[shift]`` on."""
+    coefficients into the matrices that meet them."""
 
     rows: list
     constant: np.ndarray
-    waves: np.ndarray
-    start: dict
 
 
 class Band(NamedTuple):
-    """Frequencies that are computed together: those with an imaginary part, or those without (0 and N/2).
+    """Frequencies that are computed together: those with an imaginary part, or those without (0 and N/2)."""
 
-    ``waves`` [frequencies, parts, N] is the Fourier transform, ``inverse`` [N, frequencies, parts] its inverse."""
-
+    frequencies: range
+    parts: int
     layer: Operand
     adjoint: Operand
-    waves: np.ndarray
-    inverse: np.ndarray
 
 
 class Plan:
-    """The bands of a bank of stencils."""
+    """The bands of a bank of stencils.
+
+    ``waves`` [frequencies · parts of the bands, N] is the Fourier transform of a field, ``inverse`` its inverse; rows of
+    layers meet the frequencies ``held[0]`` of the input, those of adjoints ``held[1]`` of the cotangent."""
 
     def __init__(self, stencils, indices, strides, padding, turn):
         self.strides, self.padding, self.turn, self.size = strides, padding, turn, stencils.shape[1:]
@@ -90,10 +89,14 @@ class Plan:
                     adjoint_rows += [Row([(rotated[t] * (q @ inverse[:, t]).conj() * c, -f) for t, f, c in mine], parts, q, 0)
                                      for q in base]
             if frequencies:
-                waves = _waves(order, frequencies, parts)
-                self.bands.append(Band(_operand_plan(order, frequencies, parts, rows, False),
-                                       _operand_plan(order, frequencies, parts, adjoint_rows, True),
-                                       waves, waves.transpose(2, 0, 1) * parts / order))
+                self.bands.append(Band(frequencies, parts, _operand_plan(order, frequencies, parts, rows, False),
+                                       _operand_plan(order, frequencies, parts, adjoint_rows, True)))
+        self.waves = np.concatenate([_waves(order, band.frequencies, band.parts) for band in self.bands])
+        self.inverse, self.held = self.waves.T / (self.waves ** 2).sum(1), []
+        for operands in zip(*((band.layer, band.adjoint) for band in self.bands), strict=True):
+            met = {n + shift for band, operand in zip(self.bands, operands, strict=True) for row in operand.rows
+                   for _, shift in row.terms for n in band.frequencies}
+            self.held.append(range(min(met), max(met) + 1))
 
 
 def _span(rows):
@@ -102,26 +105,19 @@ def _span(rows):
 
 
 def _waves(order, frequencies, parts):
-    """[frequencies, parts, N]: X_n = Σ_c x_c e^{-2πi n c / N}."""
+    """[frequencies · parts, N]: X_n = Σ_c x_c e^{-2πi n c / N}."""
     waves = np.exp(-2j * np.pi / order * np.outer(frequencies, range(order)))
-    return np.stack([waves.real, waves.imag][:parts], 1)
+    return np.stack([waves.real, waves.imag][:parts], 1).reshape(-1, order)
 
 
 def _operand_plan(order, frequencies, parts, rows, adjoint):
-    shifts = sorted({shift for row in rows for _, shift in row.terms})
-    if frequencies.step == 1:
-        held = range(frequencies[0] + shifts[0], frequencies[-1] + shifts[-1] + 1)
-        start = {shift: frequencies[0] + shift - held[0] for shift in shifts}
-    else:
-        held = [n + shift for shift in shifts for n in frequencies]
-        start = {shift: k * len(frequencies) for k, shift in enumerate(shifts)}
     columns = []
     for row in rows:
         phases = np.exp(2j * np.pi / order * np.outer(np.array(frequencies) + row.at, range(order)))
         c = np.einsum("a,nr->nar", row.weights, phases).reshape(len(frequencies), -1)
         c = c.conj() if adjoint else c
         columns += [np.stack(column[:parts], 1) for column in ([c.real, c.imag], [-c.imag, c.real])[:row.parts]]
-    return Operand(rows, np.stack(columns, 2), _waves(order, held, 2), start)
+    return Operand(rows, np.stack(columns, 2))
 
 
 @functools.lru_cache(maxsize=256)
@@ -149,11 +145,9 @@ def _layer(plan, x, base):
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(plan, x, base):
     """x [orbits, N, channels, *space, batch], base [operators · N, orbits · features, orbits · channels] -> y, like x."""
-    padded, y = pad(x.astype(jnp.float32), plan.padding, (1, 1)), 0
-    for band in plan.bands:
-        operand = _operand(band.layer, len(band.waves), padded, plan.strides, x.dtype)
-        y += _field(band, _product(_matrix(band.layer, base, x.dtype), operand), len(plan.turn.target))
-    return y.astype(x.dtype)
+    spectrum = _spectrum(plan.held[0], pad(x.astype(jnp.float32), plan.padding, (1, 1)))
+    y = [_product(_matrix(band.layer, base, x.dtype), _operand(plan, band, False, spectrum, x.dtype)) for band in plan.bands]
+    return _field(plan, y, len(plan.turn.target)).astype(x.dtype)
 
 
 def _layer_forward(plan, x, base):
@@ -165,32 +159,41 @@ def _layer_backward(plan, residuals, dy):
     x, base = residuals
     around = [(k - 1 - low, n + low - (out - 1) * s - 1) for k, n, out, (low, _), s in zip(
         plan.size, x.shape[3:5], dy.shape[3:5], plan.padding, plan.strides, strict=True)]
-    dy, dx, dbase = pad(dy.astype(jnp.float32), around, plan.strides), 0, 0
+    order, dx, dbase = x.shape[1], [], 0
+    spectrum = _spectrum(plan.held[1], pad(dy.astype(jnp.float32), around, plan.strides))
+    z = barrier(_transform(plan.waves, x))
     for band in plan.bands:
-        operand = _operand(band.adjoint, len(band.waves), dy, (1, 1), x.dtype)
-        dx += _field(band, _product(_matrix(band.adjoint, base.swapaxes(1, 2), x.dtype), operand), x.shape[0])
-        z = _transform(band.waves, x).astype(x.dtype)
-        z = z.reshape(len(z), -1, math.prod(z.shape[3:]))  # [frequencies, parts · in, points]
-        blocks = jnp.concatenate([_batched(u, z, 2) for u in operand], 1)  # [frequencies, parts of rows · out, parts · in]
+        operand = _operand(plan, band, True, spectrum, x.dtype)
+        dx.append(_product(_matrix(band.adjoint, base.swapaxes(1, 2), x.dtype), operand))
+        mine, z = z[:len(band.frequencies) * band.parts].astype(x.dtype), z[len(band.frequencies) * band.parts:]
+        mine = mine.reshape(len(band.frequencies), -1, math.prod(z.shape[2:]))  # [frequencies, parts · in, points]
+        blocks = jnp.concatenate([_batched(u, mine, 2) for u in operand], 1)  # [frequencies, parts of rows · out, parts · in]
         blocks = blocks.reshape(*band.adjoint.constant.shape[:3:2], base.shape[1], -1, base.shape[2])
-        constant = jnp.asarray(band.adjoint.constant * band.waves.shape[1] / band.waves.shape[2], jnp.float32)
+        constant = jnp.asarray(band.adjoint.constant * band.parts / order, jnp.float32)
         dbase += jnp.einsum("npra,nropi->aoi", constant, blocks)
-    return dx.astype(x.dtype), dbase.astype(base.dtype)
+    return _field(plan, dx, x.shape[0]).astype(x.dtype), dbase.astype(base.dtype)
 
 
 _layer.defvjp(_layer_forward, _layer_backward)
 
 
 def _transform(waves, x):
-    """[frequencies, parts, N], [orbits, N, channels, *space, batch] -> float32 [frequencies, parts, orbits · channels, …]."""
-    y = dot(jnp.asarray(waves, jnp.float32), x.astype(jnp.float32), ((2,), (1,)))
-    return barrier(y.reshape(*y.shape[:2], -1, *y.shape[4:]))
+    """[rows, N], [orbits, N, channels, *space, batch] -> float32 [rows, orbits · channels, *space, batch]."""
+    y = dot(jnp.asarray(waves, jnp.float32), x.astype(jnp.float32), ((1,), (1,)))
+    return y.reshape(len(y), -1, *y.shape[3:])
 
 
-def _field(band, y, orbits):
-    """The inverse, of [frequencies, parts · orbits · channels, *space, batch]."""
-    y = y.reshape(*band.waves.shape[:2], orbits, -1, *y.shape[2:])
-    return dot(jnp.asarray(band.inverse, y.dtype), y, ((1, 2), (0, 1))).swapaxes(0, 1)
+def _spectrum(held, x):
+    """[frequencies, 2, orbits · channels, *space, batch]"""
+    y = _transform(_waves(x.shape[1], held, 2), x)
+    return barrier(y.reshape(-1, 2, *y.shape[1:]))
+
+
+def _field(plan, bands, orbits):
+    """The inverse, of arrays [frequencies, parts · orbits · channels, *space, batch]."""
+    y = jnp.concatenate([y.reshape(len(band.frequencies) * band.parts, orbits, -1, *y.shape[2:])
+                         for band, y in zip(plan.bands, bands, strict=True)])
+    return dot(jnp.asarray(plan.inverse, y.dtype), y, ((1,), (0,))).swapaxes(0, 1)
 
 
 def _matrix(operand, base, dtype):
@@ -200,29 +203,31 @@ def _matrix(operand, base, dtype):
     return barrier(matrix.reshape(len(matrix), -1, matrix.shape[3] * matrix.shape[4]))
 
 
-def _operand(plan, frequencies, x, strides, dtype):
+def _operand(plan, band, adjoint, spectrum, dtype):
     """Stacks [frequencies, parts of some rows · channels, *space, batch]."""
-    spectrum, stacks, shifted = _transform(plan.waves, x), [], {}
-    for shift, start in plan.start.items():
-        x = jax.lax.slice_in_dim(spectrum, start, start + frequencies)
-        shifted[shift] = x, jax.lax.rev(x, (1,))  # (X, X'), (X', X)
-    for i in range(0, len(plan.rows), ROWS):
-        pieces = [_row(row, shifted, strides).astype(dtype) for row in plan.rows[i:i + ROWS]]
-        stacks.append(barrier(jnp.concatenate(pieces, 1)))
+    rows, strides = (band.adjoint.rows, (1, 1)) if adjoint else (band.layer.rows, plan.strides)
+    first, last = (n - plan.held[adjoint][0] for n in (band.frequencies[0], band.frequencies[-1]))
+    stacks = []
+    for i in range(0, len(rows), ROWS):
+        pieces = [_row(row, spectrum, range(first, last + 1, band.frequencies.step), strides) for row in rows[i:i + ROWS]]
+        stacks.append(barrier(jnp.concatenate([piece.astype(dtype) for piece in pieces], 1)))
     return [stack.reshape(len(stack), -1, *stack.shape[3:]) for stack in stacks]
 
 
-def _row(row, shifted, strides):
-    real, imaginary = [], []
+def _row(row, spectrum, frequencies, strides):
+    halves = [], []  # those of the stencils' real parts, which meet (X, X'), and of their imaginary parts, which meet (-X', X)
     for stencil, shift in row.terms:
-        for total, x, half in zip((real, imaginary), shifted[shift], (stencil.real, stencil.imag), strict=True):
+        shifted = range(frequencies.start + shift, frequencies.stop + shift, frequencies.step)
+        for part, half in enumerate((stencil.real, stencil.imag)):
             half = np.where(np.abs(half) > 1e-12, half, 0)
             if half.any():
-                total.append(taps(x, half, 3, strides, row.parts))
-    if imaginary:  # i (X + iX') = -X' + iX
-        sign = np.array([-1, 1], np.float32)[:row.parts].reshape(-1, 1, 1, 1, 1)
-        real.append(functools.reduce(jax.lax.add, imaginary) * sign)
-    return functools.reduce(jax.lax.add, real)
+                parts = range(2) if row.parts == 2 else range(part, part + 1)
+                halves[part].append(taps(spectrum, half, 3, strides, shifted, parts))
+    real, imaginary = (functools.reduce(jax.lax.add, half) if half else None for half in halves)
+    if imaginary is None:
+        return real
+    turned = jax.lax.neg(imaginary) if row.parts == 1 else SIGN * jax.lax.rev(imaginary, (1,))
+    return turned if real is None else jax.lax.add(real, turned)
 
 
 def _product(matrix, operand):

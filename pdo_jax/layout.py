@@ -72,12 +72,13 @@ def pad(x, padding, strides):
     return barrier(jax.lax.pad(x, jnp.zeros((), x.dtype), config))
 
 
-def taps(x, stencil, axis, strides, parts=None):
-    """Correlates x, its first ``parts`` along axis 1, with a stencil along the axes that start at ``axis``, in float32; sums
-    points of equal weight first."""
+def taps(x, stencil, axis, strides, *ranges):
+    """Correlates x, of its first axes only the ``ranges``, with a stencil along the axes that start at ``axis``, in float32;
+    sums points of equal weight first."""
     x, space = jax.lax.convert_element_type(x, jnp.float32), slice(axis, axis + stencil.ndim)
     low, high, step = np.zeros(x.ndim, int), np.array(x.shape), np.ones(x.ndim, int)
-    high[1] = parts or high[1]
+    for d, r in enumerate(ranges):
+        low[d], high[d], step[d] = r.start, r.stop, r.step
     step[space] = strides
     high[space] = (high[space] - stencil.shape) // strides * strides + 1
     sums = {}
