@@ -39,7 +39,7 @@ class _OrbitConv(nn.Module):
         bank, (channels, components) = coefficients.bank, x.shape[-2:]
         init = self.kernel_init or nn.initializers.normal(bank.scale(channels * components, rectified=lifted))
         w = self.param("kernel", init, (bank.turned.shape[1], channels, components, self.features), self.param_dtype)
-        return _apply(self, x, w, coefficients, fold=fold(group, lifted), turn=turn(group, bank, lifted))
+        return _apply(self, x, w, coefficients, **symmetry(group, bank, lifted))
 
     @nn.nowrap
     def coefficients(self) -> kernels.Coefficients:
@@ -195,13 +195,13 @@ class _SteerableCoefficients:
 _steerable_coefficients = functools.lru_cache(maxsize=16)(_SteerableCoefficients)
 
 
-def _apply(module, x, w, coefficients, fold=None, turn=None):
+def _apply(module, x, w, coefficients, **symmetry):
     """Convolves and adds the bias of a layer."""
     x, strides, padding = prepare(module, x, coefficients.stencils.ndim - 1)
-    lowering.check_lowering(module.lowering, turn)
+    lowering.check_lowering(module.lowering, symmetry.get("turn"))
     way = "dense" if module.is_initializing() else module.lowering  # the quickest to trace: only a shape is wanted
     y = lowering.convolve(x, w, coefficients.stencils, coefficients.indices, strides=strides, padding=padding,
-                          coefficients=coefficients, lowering=way, fold=fold, turn=turn)
+                          coefficients=coefficients, lowering=way, **symmetry)
     if module.use_bias:
         y = y + module.param("bias", nn.initializers.zeros, (module.features,), module.param_dtype)[:, None].astype(x.dtype)
     return y
@@ -223,6 +223,11 @@ def prepare(module, x, dim):
     return x.astype(dtype), strides, padding
 
 
+def symmetry(group, bank, lifted):
+    """What the lowerings may use of an orbit layer."""
+    return {"fold": fold(group, lifted), "turn": turn(group, lifted), "span": bank.turned}
+
+
 def fold(group, lifted):
     """The pairs of components that the point reflection swaps, where the group holds it."""
     if group.point_reflection is None:
@@ -234,7 +239,7 @@ def fold(group, lifted):
 
 
 @functools.lru_cache(maxsize=128)
-def turn(group, bank, lifted):
+def turn(group, lifted):
     """The orbits of the components under the smallest rotation of a group of the plane."""
     if group.dim != 2:
         return None
@@ -248,8 +253,7 @@ def turn(group, bank, lifted):
         while len(orbit) < len(rotations):
             orbit.append(int(group.table[r, orbit[-1]]))
         orbits.append(tuple(orbit))
-    span = bank.turned[np.array(starts)].reshape(-1, len(bank.indices))
-    return lowering.Turn(tuple(orbits) if lifted else None, tuple(orbits), tuple(map(tuple, span.tolist())))
+    return lowering.Turn(tuple(orbits) if lifted else None, tuple(orbits))
 
 
 def _padding(padding, dim, size):

@@ -287,9 +287,7 @@ def _convolution(way, layer, x):
     if kernel is None or kernel.shape[:-1] != shape:
         raise ValueError(f"{_name(layer)} takes a plain kernel, of shape {shape} before its last axis, got "
                          f"{kernel if kernel is None else kernel.shape}: give the variables that to_plain returned")
-    symmetry = {}
-    if not isinstance(layer, PDOConv):
-        symmetry = {"fold": conv.fold(group, lifted), "turn": conv.turn(group, coefficients.bank, lifted)}
+    symmetry = {} if isinstance(layer, PDOConv) else conv.symmetry(group, coefficients.bank, lifted)
     kernel = kernel.reshape(*kernel.shape[:-2], *x.shape[-2:], layer.features, -1)
     y = lowering.convolve(x, kernel, coefficients.stencils, coefficients.indices, strides=strides, padding=padding,
                           coefficients=_Parts(coefficients), kernel=_flat, lowering=way, **symmetry)

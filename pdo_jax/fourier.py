@@ -21,9 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pdo_jax.layout import barrier, dot, hold, pad, restore, take, taps, view
+from pdo_jax.layout import barrier, dot, few, hold, pad, restore, spanned, take, taps, thawed, view
 
-ROWS = 5  # stacked at a time: XLA fuses a concatenation of few arrays with what makes them, and copies many
 SIGN = np.array([-1, 1], np.float32).reshape(-1, 1, 1, 1, 1)
 
 
@@ -61,7 +60,7 @@ class Plan:
     ``waves`` [frequencies · parts of the bands, N] is the Fourier transform of a field, ``inverse`` its inverse; rows of
     layers meet the frequencies ``held[0]`` of the input, those of adjoints ``held[1]`` of the cotangent."""
 
-    def __init__(self, stencils, indices, strides, padding, turn):
+    def __init__(self, stencils, indices, strides, padding, turn, span):
         self.strides, self.padding, self.turn, self.size = strides, padding, turn, stencils.shape[1:]
         order, reach = len(turn.target[0]), max(map(sum, indices))
         terms = [(a, r - a) for r in range(reach + 1) for a in range(r + 1)]
@@ -72,7 +71,7 @@ class Plan:
             row /= math.sqrt(2) ** (a + b)
         inverse, stencils = np.linalg.inv(mix), np.tensordot(mix, stencils, 1)
         middle, ends = range(1, (order + 1) // 2), range(0, order // 2 + 1, order // 2) if order % 2 == 0 else range(1)
-        self.bands = []
+        base_rows, self.bands = span[[orbit[0] for orbit in turn.target]].reshape(-1, len(indices)), []
         for frequencies, parts in ((middle, 2), (ends, 1)):
             rows, adjoint_rows = [], []
             for degree in range(reach + 1):  # at a real frequency D^b D̄^a is the conjugate of D^a D̄^b, which counts twice
@@ -81,7 +80,7 @@ class Plan:
                 rotated = {t: np.flip(stencils[t].conj()) for t, _, _ in mine}
                 kept = [parts if f == 0 else 2 for _, f, _ in mine]
                 rows += [Row([(stencils[t], f)], k, inverse[:, t] * c, f) for (t, f, c), k in zip(mine, kept, strict=True)]
-                base = _span(np.array(turn.span) * [sum(alpha) == degree for alpha in indices])
+                base = spanned(base_rows, [sum(alpha) == degree for alpha in indices])
                 if len(base) > degree:  # all operators of this degree
                     adjoint_rows += [Row([(rotated[t], -f)], k, inverse[:, t] * c, 0)
                                      for (t, f, c), k in zip(mine, kept, strict=True)]
@@ -97,11 +96,6 @@ class Plan:
             met = {n + shift for band, operand in zip(self.bands, operands, strict=True) for row in operand.rows
                    for _, shift in row.terms for n in band.frequencies}
             self.held.append(range(min(met), max(met) + 1))
-
-
-def _span(rows):
-    """An orthonormal basis of the space of the rows."""
-    return np.linalg.svd(rows)[2][:np.linalg.matrix_rank(rows)]
 
 
 def _waves(order, frequencies, parts):
@@ -121,8 +115,8 @@ def _operand_plan(order, frequencies, parts, rows, adjoint):
 
 
 @functools.lru_cache(maxsize=256)
-def plan(data, shape, *rest):
-    return Plan(np.frombuffer(data).reshape(shape), *rest)
+def plan(stencils, indices, strides, padding, turn, span):
+    return Plan(thawed(stencils), indices, strides, padding, turn, thawed(span))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -208,8 +202,8 @@ def _operand(plan, band, adjoint, spectrum, dtype):
     rows, strides = (band.adjoint.rows, (1, 1)) if adjoint else (band.layer.rows, plan.strides)
     first, last = (n - plan.held[adjoint][0] for n in (band.frequencies[0], band.frequencies[-1]))
     stacks = []
-    for i in range(0, len(rows), ROWS):
-        pieces = [_row(row, spectrum, range(first, last + 1, band.frequencies.step), strides) for row in rows[i:i + ROWS]]
+    for some in few(rows):
+        pieces = [_row(row, spectrum, range(first, last + 1, band.frequencies.step), strides) for row in some]
         stacks.append(barrier(jnp.concatenate([piece.astype(dtype) for piece in pieces], 1)))
     return [stack.reshape(len(stack), -1, *stack.shape[3:]) for stack in stacks]
 

@@ -1,6 +1,7 @@
 """The order of axes that matrix products want on a CPU, and the steps on arrays in it that "matmul" and "fourier" share."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,21 @@ def on_platform(cpu, default, cpu_alone=None):
     return call
 
 
+def frozen(array):
+    """A float64 array as a value that can be hashed."""
+    return array.tobytes(), array.shape
+
+
+def thawed(value):
+    return np.frombuffer(value[0]).reshape(value[1])
+
+
+def spanned(rows, columns):
+    """[…, rows, n] -> […, rank, n]: an orthonormal basis of the span of the rows, of which only some ``columns`` count."""
+    rows = rows * columns
+    return np.linalg.svd(rows)[2][..., :np.linalg.matrix_rank(rows).max(), :]
+
+
 def view(x):
     """A field [batch, *space, channels, components] as [components, channels, *space, batch], which matrix products want.
 
@@ -49,16 +65,18 @@ def hold(x):
 barrier = jax.lax.optimization_barrier
 
 
+def few(rows, most=6):
+    """The rows in even parts, to stack: XLA fuses a concatenation of few arrays with what makes them, and copies many."""
+    size = math.ceil(len(rows) / math.ceil(len(rows) / most)) if rows else 1
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
 def take(x, index, axis):
     """Static indexing along an axis; a slice where the index is a range, which is cheaper."""
     index = np.asarray(index)
     if (np.diff(index) == 1).all():
         return jax.lax.slice_in_dim(x, int(index[0]), int(index[-1]) + 1, axis=axis)
     return jnp.take(x, index, axis=axis)
-
-
-def flat(stack):
-    return stack.reshape(stack.shape[0] * stack.shape[1], -1)
 
 
 def dot(a, b, contract):

@@ -22,14 +22,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pdo_jax import fourier, matmul
-from pdo_jax.layout import on_platform, take
+from pdo_jax.layout import frozen, on_platform, take, thawed
 
 __all__ = ["LOWERINGS", "Fold", "Turn", "convolve", "expand"]
 LOWERINGS = ("auto", "dense", "matmul", "fourier")
-CROSSOVER = {2: (480, 210), 4: (260, 70)}
+CROSSOVER = {2: (700, 560), 4: (370, 320)}
 """Bytes of a number -> channels · components, geometric mean of input and output, from which "fourier" is faster on a CPU:
 forward alone, and forward and backward.
 
@@ -52,13 +51,11 @@ class Turn(NamedTuple):
     """The orbits ``(c, rc, r²c, …)`` of the components under the rotation r of the plane by 2π / length, axis 0 towards axis 1.
 
     ``source`` holds those of the input, or is None where r leaves it unchanged (an image; "fourier" then runs as "matmul"),
-    ``target`` those of the output; the coefficients of the first output component of each
-    orbit lie in the span of the rows ``span``.
+    ``target`` those of the output.
     """
 
     source: tuple[tuple[int, ...], ...] | None
     target: tuple[tuple[int, ...], ...]
-    span: tuple[tuple[float, ...], ...]
 
 
 def given(coefficients, wanted=None):
@@ -67,7 +64,7 @@ def given(coefficients, wanted=None):
 
 
 def convolve(x, w, stencils, indices, *, strides, padding, coefficients=given, kernel=None, lowering="auto", fold=None,
-             turn=None, dtype=None):
+             turn=None, span=None, dtype=None):
     """Applies a PDO-eConv.
 
     y[b, X, o, A] = Σ_n Σ_{i, C} coefficients[n, i, C, o, A] Σ_K stencils[n, K] x[b, strides · X + K - padding, i, C].
@@ -84,6 +81,7 @@ def convolve(x, w, stencils, indices, *, strides, padding, coefficients=given, k
       lowering: one of :data:`LOWERINGS`.
       fold: pairs of components, if the layer is equivariant to the point reflection.
       turn: orbits of components, if the layer is equivariant to a rotation of the plane.
+      span: numpy [out components, rows, operators]; the coefficients of each output component lie in the span of its rows.
       dtype: type of the operands, by default that of x; all but "dense" sum products in float32, also for float64.
 
     Returns:
@@ -94,8 +92,8 @@ def convolve(x, w, stencils, indices, *, strides, padding, coefficients=given, k
     """
     check_fit(stencils.shape[1], x.shape[1:-2], padding)
     check_lowering(lowering, turn)
-    program = _program(lowering, coefficients, kernel, stencils.tobytes(), stencils.shape, tuple(indices), tuple(strides),
-                       tuple(map(tuple, padding)), fold, turn)
+    program = _program(lowering, coefficients, kernel, frozen(stencils), tuple(indices), tuple(strides),
+                       tuple(map(tuple, padding)), fold, turn, None if span is None else frozen(span))
     return program(x.astype(dtype or x.dtype), w)
 
 
@@ -114,23 +112,21 @@ def check_fit(size, space, padding):
 
 
 @functools.lru_cache(maxsize=256)
-def _program(lowering, coefficients, kernel, data, shape, indices, strides, padding, fold, turn):
+def _program(lowering, coefficients, kernel, stencils, indices, strides, padding, fold, turn, span):
     """The compiled function of (x, w) that computes a layer."""
-    stencils = np.frombuffer(data).reshape(shape)
 
     def by_convolution(x, w):
-        y = _dense(x, kernel(w) if kernel else expand(coefficients(w), stencils), strides, padding)
+        y = _dense(x, kernel(w) if kernel else expand(coefficients(w), thawed(stencils)), strides, padding)
         return y.reshape(*y.shape[:-1], *outputs(w))
 
     def by_matmul(x, w):
-        few = 4 * math.prod(x.shape[-2:]) <= math.prod(outputs(w))  # inputs, such as an image: all factors on the input
-        plan = matmul.plan(data, shape, indices, strides, padding, fold, 0 if few else len(strides) - 1)
+        plan = matmul.plan(stencils, indices, strides, padding, fold, span)
         return matmul.convolve(x, coefficients(w, plan.fold and plan.fold.target[0]), plan)
 
     def by_fourier(x, w):
         if turn.source is None:
             return by_matmul(x, w)
-        plan = fourier.plan(data, shape, indices, strides, padding, turn)
+        plan = fourier.plan(stencils, indices, strides, padding, turn, span)
         return fourier.convolve(x, coefficients(w, tuple(orbit[0] for orbit in turn.target)), plan)
 
     def outputs(w):

@@ -83,7 +83,7 @@ def layer(case, name, dtype=None):
             x, w, bank.stencils, bank.indices, strides=case.strides or (1,) * case.group.dim,
             padding=case.padding or ((case.size // 2,) * 2,) * case.group.dim, lowering=name,
             coefficients=kernels.Coefficients(bank, case.group if case.lifted else None), dtype=dtype,
-            fold=conv.fold(case.group, case.lifted), turn=conv.turn(case.group, bank, case.lifted))
+            **conv.symmetry(case.group, bank, case.lifted))
 
     return fn
 
@@ -158,8 +158,7 @@ def test_auto_is_one_of_the_lowerings():
 
 def test_auto_on_a_cpu_follows_the_table():
     """"fourier" from the crossover on, where the layer commutes with a rotation of the plane; "dense" in float64."""
-    bank = kernels.bank(P8)
-    turn, image = (conv.turn(P8, bank, lifted) for lifted in (True, False))
+    turn, image = (conv.turn(P8, lifted) for lifted in (True, False))
     for dtype in map(jnp.dtype, (jnp.float32, jnp.bfloat16)):
         alone, differentiated = lowering.CROSSOVER[dtype.itemsize]
         assert lowering.on_cpu(alone, dtype, turn) == ("fourier", "fourier")
@@ -171,8 +170,8 @@ def test_auto_on_a_cpu_follows_the_table():
 
 def test_auto_takes_another_lowering_where_it_is_differentiated():
     """Between the two crossovers, forward alone equals "matmul" to the bit, and a forward pass with a pullback "fourier"."""
-    case = Case(P4, (5, 5), size=3, channels=20, features=20)
-    assert lowering.on_cpu(80, jnp.dtype(jnp.float32), conv.turn(P4, kernels.bank(P4, 3), True)) == ("matmul", "fourier")
+    case = Case(P4, (5, 5), size=3, channels=85, features=85)
+    assert lowering.on_cpu(340, jnp.dtype(jnp.float32), conv.turn(P4, True)) == ("matmul", "fourier")
     alone = {name: jit(layer(case, name))(*arguments(case)) for name in ("auto", "matmul", "fourier")}
     np.testing.assert_array_equal(alone["auto"], alone["matmul"])
     assert (alone["matmul"] != alone["fourier"]).any()
