@@ -5,11 +5,11 @@ derivatives; the sum over n of coefficients[n] · stencils[n] is an ordinary con
 as everywhere in deep learning). All lowerings compute that convolution:
 
 "dense"    expands the kernel and calls XLA's convolution. The reference for the others; best on GPU and TPU.
-"matmul"   never expands it. A stencil is an inner factor along the last axis times an outer one along the others: inner
-           factors on the input, one matrix product over the channels, outer factors on its output, with axes
-           [components, channels, *space, batch]. If the group holds the point reflection z, sums and differences of the
-           components C and zC meet only even or only odd operators, which halves the product. Matrix products keep their
-           speed in loops and in bfloat16 on a CPU; XLA's convolutions there do not.
+"matmul"   never expands it. Operators on the input, stacked, meet matrices over the channels; those of high order, of which a
+           layer knows few, on the result instead where that is less to keep (:mod:`pdo_jax.matmul`). If the group holds the
+           point reflection z, sums and differences of the components C and zC meet only even or only odd operators, which
+           halves the products. Matrix products keep their speed in loops and in bfloat16 on a CPU; XLA's convolutions there
+           do not.
 "fourier"  in the plane, one matrix product for each angular frequency of the group's rotations (:mod:`pdo_jax.fourier`): the
            work grows with the order of the group, that of the others with its square; more passes over memory, so for wide
            layers.

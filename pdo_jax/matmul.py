@@ -116,10 +116,14 @@ def _forward(plan, parts, kernels):
 
 def _matrix(rows, kernel, dtype):
     """δ of the rows: [rows, components · features, rows of the input]"""
-    weights = np.stack(np.broadcast_arrays(*(row.weights for row in rows)))
+    weights = _weights(rows, kernel.dtype)
     kernel = kernel.reshape(len(kernel), weights.shape[1], -1, kernel.shape[-1])
-    matrix = jnp.einsum("jan,nafi->jafi", jnp.asarray(weights, kernel.dtype), kernel)
+    matrix = jnp.einsum("jan,nafi->jafi", weights, kernel)
     return matrix.reshape(len(rows), -1, kernel.shape[-1]).astype(dtype)
+
+
+def _weights(rows, dtype):
+    return jnp.asarray(np.stack(np.broadcast_arrays(*(row.weights for row in rows))), dtype)
 
 
 def _pipeline_forward(plan, parts, kernels):
@@ -134,11 +138,10 @@ def _pipeline_backward(plan, residuals, cotangents):
     around = [(plan.size - 1 - low, n + low - (out - 1) * s - 1) for n, out, (low, _), s in zip(
         shape[1:-1], cotangents[0].shape[1:-1], plan.padding, plan.strides, strict=True)]
     padded = [pad(d, around, plan.strides) for d in cotangents]
-    rows = [row for _, base in plan.orders for row in base]
-    weights = np.stack(np.broadcast_arrays(*(row.weights for row in rows)))
+    operators, rows = ([row for order in plan.orders for row in order[k]] for k in (0, 1))
     dparts, dkernels = [], []
     for q, (x, k) in enumerate(zip(parts, kernels, strict=True)):
-        matrix, dx, gradient = _matrix(rows, k, dtype).transpose(2, 0, 1), 0, []
+        matrix, dx, met, gradient = _matrix(rows, k, dtype).transpose(2, 0, 1), 0, rows, []
         for some in few(range(len(rows))):
             u = _stack([(padded[(q + rows[i].odd) % plan.parts], np.flip(rows[i].stencils, range(1, 1 + len(steps))))
                         for i in some], steps, dtype)
@@ -146,14 +149,13 @@ def _pipeline_backward(plan, residuals, cotangents):
             gradient.append(dot(u, x.reshape(len(x), -1), ((1,), (1,))))
         dparts.append(dx.reshape(shape).astype(dtype))
         if 4 * len(x) <= math.prod(k.shape[1:3]):  # few inputs, such as an image: the operators act on them
-            operators, x = [row for every, _ in plan.orders for row in every], pad(x, plan.padding, steps)
-            v = [_stack([(x, row.stencils)], plan.strides, dtype) for row in operators]
-            gradient = [dot(cotangents[(q + row.odd) % plan.parts].reshape(-1, u.shape[1]), u, ((1,), (1,)))
-                        for row, u in zip(operators, v, strict=True)]
-            dkernels.append(jnp.stack(gradient).reshape(k.shape).astype(k.dtype))
-        else:
-            gradient = jnp.concatenate(gradient).reshape(*weights.shape[:2], -1, len(x))
-            dkernels.append(jnp.einsum("jan,jafi->nafi", weights, gradient).reshape(k.shape).astype(k.dtype))
+            x, met, gradient = pad(x, plan.padding, steps), operators, []
+            for row in operators:
+                u = _stack([(x, row.stencils)], plan.strides, dtype)
+                gradient.append(dot(cotangents[(q + row.odd) % plan.parts].reshape(-1, u.shape[1]), u, ((1,), (1,))))
+        weights = _weights(met, k.dtype)
+        gradient = jnp.concatenate(gradient).reshape(*weights.shape[:2], -1, k.shape[3])
+        dkernels.append(jnp.einsum("jan,jafi->nafi", weights, gradient).reshape(k.shape).astype(k.dtype))
     return tuple(dparts), tuple(dkernels)
 
 

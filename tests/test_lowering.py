@@ -150,6 +150,24 @@ def test_dense_equals_a_plain_loop():
     np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_operators_in_any_order(channels):
+    """Coefficients given as they are, with the operators in another order: "matmul" equals "dense", values and gradients."""
+    bank, random = kernels.bank(P4, 5), np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(2, 6, 5, channels, 1)), jnp.float32)
+    c = jnp.asarray(random.normal(size=(len(bank.indices), channels, 1, 5, 1)), jnp.float32)
+    order = random.permutation(len(bank.indices))
+
+    @functools.partial(jit, static_argnums=0)
+    def run(name, c, x):
+        fn = functools.partial(lowering.convolve, stencils=bank.stencils[order], indices=[bank.indices[n] for n in order],
+                               strides=(1, 1), padding=((2, 2), (2, 2)), lowering=name)
+        y, pullback = jax.vjp(lambda c, x: fn(x, c[order]), c, x)
+        return y, *pullback(jnp.cos(y))
+
+    assert_close(run("matmul", c, x), run("dense", c, x), 1e-5)
+
+
 def test_auto_is_one_of_the_lowerings():
     """"auto" gives the same numbers as dense, here compiled with all optimisations."""
     case = CASES["p8, reference"]
