@@ -54,9 +54,13 @@ class Plan:
 
     def sides(self, inputs, outputs):
         """The rows to apply to the input and to the output, given the bytes of either where it meets a row."""
-        for_input = [len(base) * outputs >= len(operators) * inputs for operators, base in self.orders]
-        return [[row for order, first in zip(self.orders, for_input, strict=True) if first == wanted
-                 for row in order[not wanted]] for wanted in (True, False)]
+        on_input, on_output = [], []
+        for operators, base in self.orders:
+            if len(operators) * inputs <= len(base) * outputs:
+                on_input += operators
+            else:
+                on_output += base
+        return on_input, on_output
 
 
 @functools.lru_cache(maxsize=256)
@@ -96,7 +100,7 @@ def _forward(plan, parts, kernels):
     on_input, on_output = plan.sides(dtype.itemsize * len(parts[0]) * math.prod(space),
                                      4 * outputs * math.prod(parts[0].shape[1:-1]))
     matrices, y = [_matrix(on_input, k, dtype) if on_input else () for k in kernels], []
-    for q in range(plan.parts):  # on the input
+    for q in range(plan.parts):
         met = [(matrix[i], part, row) for p, (part, matrix) in enumerate(zip(parts, matrices, strict=True))
                for i, row in enumerate(on_input) if (p + row.odd) % plan.parts == q]
         total = jnp.zeros((outputs, *space, parts[0].shape[-1]), jnp.float32)
