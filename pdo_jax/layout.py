@@ -1,4 +1,4 @@
-"""The order of axes that matrix products want on a CPU, and the steps on arrays in it that "matmul" and "fourier" share."""
+"""The order of axes that matrix products want on a CPU, and what "matmul" and "fourier" share: array steps in it, and plans."""
 
 import functools
 import math
