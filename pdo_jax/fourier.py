@@ -71,7 +71,9 @@ class Plan:
             row /= math.sqrt(2) ** (a + b)
         inverse, stencils = np.linalg.inv(mix), np.tensordot(mix, stencils, 1)
         middle, ends = range(1, (order + 1) // 2), range(0, order // 2 + 1, order // 2) if order % 2 == 0 else range(1)
-        base_rows, self.bands = span[[orbit[0] for orbit in turn.target]].reshape(-1, len(indices)), []
+        starts = [orbit[0] for orbit in turn.target]
+        span = np.eye(len(indices)) if span is None else span[starts].reshape(-1, len(indices))
+        self.bands = []
         for frequencies, parts in ((middle, 2), (ends, 1)):
             rows, adjoint_rows = [], []
             for degree in range(reach + 1):  # at a real frequency D^b D̄^a is the conjugate of D^a D̄^b, which counts twice
@@ -80,7 +82,7 @@ class Plan:
                 rotated = {t: np.flip(stencils[t].conj()) for t, _, _ in mine}
                 kept = [parts if f == 0 else 2 for _, f, _ in mine]
                 rows += [Row([(stencils[t], f)], k, inverse[:, t] * c, f) for (t, f, c), k in zip(mine, kept, strict=True)]
-                base = spanned(base_rows, [sum(alpha) == degree for alpha in indices])
+                base = spanned(span, [sum(alpha) == degree for alpha in indices])
                 if len(base) > degree:  # all operators of this degree
                     adjoint_rows += [Row([(rotated[t], -f)], k, inverse[:, t] * c, 0)
                                      for (t, f, c), k in zip(mine, kept, strict=True)]
@@ -116,7 +118,7 @@ def _operand_plan(order, frequencies, parts, rows, adjoint):
 
 @functools.lru_cache(maxsize=256)
 def plan(stencils, indices, strides, padding, turn, span):
-    return Plan(thawed(stencils), indices, strides, padding, turn, thawed(span))
+    return Plan(thawed(stencils), indices, strides, padding, turn, span and thawed(span))
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -30,8 +30,8 @@ def on_platform(cpu, default, cpu_alone=None):
 
 
 def frozen(array):
-    """A float64 array as a value that can be hashed."""
-    return array.tobytes(), array.shape
+    """An array, in float64, as a value that can be hashed."""
+    return np.asarray(array, np.float64).tobytes(), array.shape
 
 
 def thawed(value):

@@ -81,7 +81,8 @@ def convolve(x, w, stencils, indices, *, strides, padding, coefficients=given, k
       lowering: one of :data:`LOWERINGS`.
       fold: pairs of components, if the layer is equivariant to the point reflection.
       turn: orbits of components, if the layer is equivariant to a rotation of the plane.
-      span: numpy [out components, rows, operators]; the coefficients of each output component lie in the span of its rows.
+      span: numpy [out components, rows, operators]; the coefficients of each output component lie in the span of its rows,
+        by default all operators.
       dtype: type of the operands, by default that of x; all but "dense" sum products in float32, also for float64.
 
     Returns:

@@ -74,7 +74,7 @@ ALL = pytest.mark.parametrize(("name", "case"), [
     if name not in ("auto", "dense") and (name != "fourier" or case.group.dim == 2)])
 
 
-def layer(case, name, dtype=None):
+def layer(case, name, dtype=None, **more):
     """A function of the parameters and the input."""
     bank = kernels.bank(case.group, case.size, case.basis, case.scheme, case.frame)
 
@@ -83,7 +83,7 @@ def layer(case, name, dtype=None):
             x, w, bank.stencils, bank.indices, strides=case.strides or (1,) * case.group.dim,
             padding=case.padding or ((case.size // 2,) * 2,) * case.group.dim, lowering=name,
             coefficients=kernels.Coefficients(bank, case.group if case.lifted else None), dtype=dtype,
-            **conv.symmetry(case.group, bank, case.lifted))
+            **conv.symmetry(case.group, bank, case.lifted) | more)
 
     return fn
 
@@ -166,6 +166,19 @@ def test_operators_in_any_order(channels):
         return y, *pullback(jnp.cos(y))
 
     assert_close(run("matmul", c, x), run("dense", c, x), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["matmul", "fourier"])
+def test_without_a_span(name):
+    """Where nobody tells what the coefficients span, output and gradients equal dense all the same."""
+    case, wave = CASES["p8, reference"], np.random.default_rng(1).normal(size=20000).astype(np.float32)
+
+    @jit
+    def run(w, x):
+        y, pullback = jax.vjp(layer(case, name, span=None), w, x)
+        return y, *pullback(wave[:y.size].reshape(y.shape))
+
+    assert_close(run(*arguments(case)), results(case, "dense"), 1e-5)
 
 
 def test_auto_is_one_of_the_lowerings():
