@@ -3,7 +3,7 @@
     python -m experiments.main --config experiments/configs/mnist_rot_20.py --set dtype=bfloat16
 
 Recorded (3 seeds each, last epoch): 4.20 ± 0.35 % test error in bfloat16, 4.21 ± 0.33 % in float32: the two agree. 200 epochs
-reach 2.39 %.
+reach 2.30 and 2.18 %.
 """
 
 from functools import partial
