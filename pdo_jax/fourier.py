@@ -182,7 +182,7 @@ def _transform(waves, x):
 def _spectrum(held, x):
     """[frequencies, 2, orbits · channels, *space, batch]"""
     y = _transform(_waves(x.shape[1], held, 2), x)
-    return barrier(y.reshape(-1, 2, *y.shape[1:]))
+    return hold(y.reshape(-1, 2, *y.shape[1:]))
 
 
 def _field(plan, bands, orbits):
@@ -206,7 +206,7 @@ def _operand(plan, band, adjoint, spectrum, dtype):
     stacks = []
     for some in few(rows):
         pieces = [_row(row, spectrum, range(first, last + 1, band.frequencies.step), strides) for row in some]
-        stacks.append(barrier(jnp.concatenate([piece.astype(dtype) for piece in pieces], 1)))
+        stacks.append(hold(jnp.concatenate([piece.astype(dtype) for piece in pieces], 1)))
     return [stack.reshape(len(stack), -1, *stack.shape[3:]) for stack in stacks]
 
 

@@ -87,7 +87,7 @@ def pad(x, padding, strides):
     """Pads the axes of space (those before the last one) with zeros, after spreading their points by the strides."""
     space = [(low, high, s - 1) for (low, high), s in zip(padding, strides, strict=True)]
     config = [(0, 0, 0)] * (x.ndim - 1 - len(space)) + space + [(0, 0, 0)]
-    return barrier(jax.lax.pad(x, jnp.zeros((), x.dtype), config))
+    return hold(jax.lax.pad(x, jnp.zeros((), x.dtype), config))
 
 
 def taps(x, stencil, axis, strides, *ranges):

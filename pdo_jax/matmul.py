@@ -111,11 +111,11 @@ def _forward(plan, parts, kernels):
         y.append(total)
     if on_output:
         for p, (part, k) in enumerate(zip(parts, kernels, strict=True)):
-            matrix = barrier(_matrix(on_output, k, dtype).reshape(-1, len(part)))
-            z = dot(matrix, part.reshape(len(part), -1), ((1,), (0,))).reshape(len(on_output), outputs, *part.shape[1:])
+            matrix, flat = _matrix(on_output, k, dtype), part.reshape(len(part), -1)
             for i, row in enumerate(on_output):
-                y[(p + row.odd) % plan.parts] += _turned(z[i], row.stencils, plan.strides)
-    return tuple(y)
+                z = dot(barrier(matrix[i]), flat, ((1,), (0,))).reshape(outputs, *part.shape[1:])
+                y[(p + row.odd) % plan.parts] += _turned(z, row.stencils, plan.strides)
+    return tuple(map(hold, y))
 
 
 def _matrix(rows, kernel, dtype):
@@ -141,7 +141,7 @@ def _pipeline_backward(plan, residuals, cotangents):
     cotangents, steps = [d.astype(dtype) for d in cotangents], [1] * len(plan.strides)
     around = [(plan.size - 1 - low, n + low - (out - 1) * s - 1) for n, out, (low, _), s in zip(
         shape[1:-1], cotangents[0].shape[1:-1], plan.padding, plan.strides, strict=True)]
-    padded = [pad(d, around, plan.strides) for d in cotangents]
+    padded = [pad(d.astype(jnp.float32), around, plan.strides) for d in cotangents]
     operators, rows = ([row for order in plan.orders for row in order[k]] for k in (0, 1))
     dparts, dkernels = [], []
     for q, (x, k) in enumerate(zip(parts, kernels, strict=True)):
