@@ -141,7 +141,7 @@ def _pipeline_backward(plan, residuals, cotangents):
     cotangents, steps = [d.astype(dtype) for d in cotangents], [1] * len(plan.strides)
     around = [(plan.size - 1 - low, n + low - (out - 1) * s - 1) for n, out, (low, _), s in zip(
         shape[1:-1], cotangents[0].shape[1:-1], plan.padding, plan.strides, strict=True)]
-    padded = [pad(d.astype(jnp.float32), around, plan.strides) for d in cotangents]
+    padded = [pad(d.astype(jnp.float32), around, plan.strides) for d in cotangents]  # converted once, not for each row
     operators, rows = ([row for order in plan.orders for row in order[k]] for k in (0, 1))
     dparts, dkernels = [], []
     for q, (x, k) in enumerate(zip(parts, kernels, strict=True)):
