@@ -48,6 +48,11 @@ class Config:
     """A rate, or a function from the epoch, which has a fraction, to the rate; see `piecewise`, `warmup_cosine`."""
     l2: float = 0.0
     """The loss gets l2/2 · ||w||², summed over every weight: all parameters named "kernel", no bias or batch norm."""
+    label_smoothing: float = 0.0
+    """This part of the target is spread evenly over all classes."""
+    ema: float = 0.0
+    """With ema > 0 what is evaluated is a running average of weights and batch statistics: after each update it keeps the
+    part `ema` of itself, in the first updates less, (t + 1) / (t + 10) in the one with t before it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in; parameters, statistics and the loss stay in float32."""
     seed: int = 0
@@ -64,7 +69,9 @@ class Config:
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
 
 
-_AT_LEAST = {"validation": 0, "epochs": 1, "batch_size": 1, "l2": 0.0, "seed": 0, "eval_batch_size": 1}
+_AT_LEAST = {"validation": 0, "epochs": 1, "batch_size": 1, "l2": 0.0, "label_smoothing": 0.0, "ema": 0.0, "seed": 0,
+             "eval_batch_size": 1}
+_BELOW = {"label_smoothing": 1.0, "ema": 1.0}
 
 
 def piecewise(rates: Mapping[float, float], epoch) -> jnp.ndarray:
@@ -167,4 +174,6 @@ def _checked(field: dataclasses.Field, value):
         raise ConfigError(f"{field.name} is {value}; it must be a finite number")
     if field.name in _AT_LEAST and value < _AT_LEAST[field.name]:
         raise ConfigError(f"{field.name} is {value}; it must be at least {_AT_LEAST[field.name]}")
+    if field.name in _BELOW and value >= _BELOW[field.name]:
+        raise ConfigError(f"{field.name} is {value}; it must be below {_BELOW[field.name]}")
     return value

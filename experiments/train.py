@@ -51,10 +51,13 @@ class State(NamedTuple):
     params: Any
     batch_stats: Any
     opt_state: Any
+    average: Any
+    """The running average of params and batch_stats, under these keys, if the config has `ema`; else empty."""
 
     @property
     def variables(self):
-        return {"params": self.params, "batch_stats": self.batch_stats}
+        """What is evaluated."""
+        return self.average or {"params": self.params, "batch_stats": self.batch_stats}
 
 
 class Model(NamedTuple):
@@ -168,15 +171,19 @@ def step_function(config: Config, model: Model, steps_per_epoch: int, devices: i
             options = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": dropout_key}}
             logits, changed = model.logits(variables, x, **options)
             logits = logits.astype(jnp.float32)
-            cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-            loss = cross_entropy + config.l2 / 2 * squared_weights(params)
+            targets = optax.smooth_labels(jax.nn.one_hot(y, logits.shape[-1]), config.label_smoothing)
+            loss = optax.softmax_cross_entropy(logits, targets).mean() + config.l2 / 2 * squared_weights(params)
             return loss, (changed.get("batch_stats", {}), jnp.mean(logits.argmax(-1) != y))
 
         (loss, (batch_stats, error)), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
         gradients, loss, error = lax.pmean((gradients, loss, error), "data")
         updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return State(state.step + 1, params, batch_stats, opt_state), {"train_loss": loss, "train_error": error}
+        new = State(state.step + 1, params, batch_stats, opt_state, {})
+        if config.ema:
+            share = jnp.maximum(1 - config.ema, 9 / (10 + state.step))
+            new = new._replace(average=optax.incremental_update(new.variables, state.average, share))
+        return new, {"train_loss": loss, "train_error": error}
 
     return step
 
@@ -322,7 +329,8 @@ def new_state(config: Config, model: Model, image_shape) -> State:
     """`initial_state`, to trace: `jax.eval_shape` of it gives the shapes."""
     variables = model.network.init(keys(config)[0], jnp.zeros((1, *image_shape)), train=False)
     params = variables["params"]
-    return State(jnp.int32(0), params, variables.get("batch_stats", {}), make_optimiser(config, 1).init(params))
+    state = State(jnp.int32(0), params, variables.get("batch_stats", {}), make_optimiser(config, 1).init(params), {})
+    return state._replace(average=jax.tree.map(jnp.copy, state.variables)) if config.ema else state
 
 
 def keys(config: Config):

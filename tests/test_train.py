@@ -132,10 +132,15 @@ def run(tmp_path_factory):
 # The numbers
 
 
-def test_the_epoch_equals_a_plain_loop(run):
-    """Batches in the seeded order, remainder dropped; L2 on weights only; the rate changes at epoch 1; Adam."""
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.6, "label_smoothing": 0.3}], ids=["plain", "averaged, smoothed"])
+def test_the_epoch_equals_a_plain_loop(run, tmp_path, changes):
+    """Batches in the seeded order, remainder dropped; L2 on weights only; the rate changes at epoch 1; Adam. And what is
+    evaluated is the average of weights, if the config has one."""
     config, workdir, _ = run
     data = make_data()
+    if changes:
+        config, workdir = make_config(**changes), tmp_path
+        train.train(config, workdir, data)
     mean, deviation = data.train.images.mean(), data.train.images.std()
     model = train.make_model(config, [mean], [deviation])
     state = train.initial_state(config, model, (4, 4, 1))
@@ -143,11 +148,13 @@ def test_the_epoch_equals_a_plain_loop(run):
 
     def loss(params, stats, x, y):
         logits, changed = Net().apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
-        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
+        targets = (1 - config.label_smoothing) * jnp.eye(3)[y] + config.label_smoothing / 3
+        nll = -(targets * jax.nn.log_softmax(logits)).sum(1).mean()
         weights = params["Dense_0"]["kernel"], params["Dense_1"]["kernel"]
         return nll + 0.5 * config.l2 * sum((w**2).sum() for w in weights), changed["batch_stats"]
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
+    steps, average = 0, [flat(params), flat(stats)]
     for epoch in (1, 2, 3):
         adam = optax.adam(1e-2 if epoch == 1 else 3e-3)
         moments = moments or adam.init(params)
@@ -156,8 +163,14 @@ def test_the_epoch_equals_a_plain_loop(run):
             g, stats = gradient(params, stats, (data.train.images[rows] - mean) / deviation, data.train.labels[rows])
             updates, moments = adam.update(g, moments)
             params = optax.apply_updates(params, updates)
+            keep = min(config.ema, (steps + 1) / (steps + 10))
+            average = [keep * old + (1 - keep) * flat(new) for old, new in zip(average, (params, stats), strict=True)]
+            steps += 1
     trained = final_state(workdir, config)
-    assert trained.step == 12
+    assert trained.step == steps == 12
+    for name, values in zip(("params", "batch_stats"), average, strict=True):
+        np.testing.assert_allclose(flat(trained.variables[name]), values, rtol=2e-4, atol=2e-6)
+    assert bool(trained.average) == bool(config.ema)
     np.testing.assert_allclose(flat(trained.params), flat(params), rtol=2e-4, atol=2e-6)
     np.testing.assert_allclose(flat(trained.batch_stats), flat(stats), rtol=2e-4, atol=2e-6)
 
@@ -269,7 +282,7 @@ def test_a_network_of_a_group_reports_its_equivariance_and_shows_its_stencils():
 def test_two_devices_two_processes_jit_and_pmap_agree(tmp_path):
     """Same numbers from a mesh, from pmap and from two processes, with dropout and augmentation; and, without them,
     from one device."""
-    config = write_config(tmp_path / "config.py", "dropout=0.3", augment="shift")
+    config = write_config(tmp_path / "config.py", "dropout=0.3", augment="shift", ema="0.9", label_smoothing="0.1")
     plain = write_config(tmp_path / "plain.py", "")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -289,9 +302,10 @@ def test_two_devices_two_processes_jit_and_pmap_agree(tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
-    """Killed in the middle of epoch 2, then while the next checkpoint is written; the lines of metrics.jsonl stay
-    one an epoch."""
-    config = write_config(tmp_path / "config.py", "dropout=0.3", augment="shift", batch_size="2", scan="False")
+    """Killed in the middle of epoch 2, then while the next checkpoint is written; the average of weights is kept too, and the
+    lines of metrics.jsonl stay one an epoch."""
+    small_steps = {"batch_size": "2", "scan": "False", "ema": "0.9"}
+    config = write_config(tmp_path / "config.py", "dropout=0.3", augment="shift", **small_steps)
     straight, workdir = tmp_path / "straight", tmp_path / "killed"
     metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
     finish(start(config, straight))
