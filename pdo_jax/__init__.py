@@ -1,6 +1,7 @@
 """Equivariant convolutions made of partial differential operators (PDO-eConvs) for JAX and Flax."""
 
 from pdo_jax import (
+    architecture,
     equivariance,
     export,
     fields,
@@ -18,7 +19,7 @@ from pdo_jax.conv import GroupConv, LiftingConv, PDOConv
 from pdo_jax.layers import GroupBatchNorm, GroupDropout, blur_pool, group_pool, max_pool, mean_pool
 
 __all__ = [
-    "GroupBatchNorm", "GroupConv", "GroupDropout", "LiftingConv", "PDOConv", "__version__", "blur_pool", "equivariance",
-    "export", "fields", "group_pool", "groups", "kernels", "lowering", "max_pool", "mean_pool", "networks", "nonlinearities",
-    "operators", "steerable", "stencils",
+    "GroupBatchNorm", "GroupConv", "GroupDropout", "LiftingConv", "PDOConv", "__version__", "architecture", "blur_pool",
+    "equivariance", "export", "fields", "group_pool", "groups", "kernels", "lowering", "max_pool", "mean_pool", "networks",
+    "nonlinearities", "operators", "steerable", "stencils",
 ]

@@ -118,6 +118,40 @@ def from_generators(generators, *, name: str | None = None, max_order: int = 409
     return Group(name or f"order {len(elements)} in O({dim})", elements, table, table.argmin(1))
 
 
+def from_elements(elements, *, name: str | None = None) -> Group:
+    """The group of the given matrices, in their order and to the bit, as :attr:`Group.elements` holds them.
+
+    Args:
+      elements: [order, dim, dim], the identity first, at most 4096.
+      name: a label for messages; by default the order and dimension.
+
+    Raises:
+      ValueError: matrices that are not orthogonal, come twice, or do not form a group with the identity first.
+
+    >>> g = cyclic(8)
+    >>> (from_elements(g.elements).elements == g.elements).all(), (from_elements(g.elements).table == g.table).all()
+    (np.True_, np.True_)
+    """
+    try:
+        elements = np.array(elements, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"from_elements needs real matrices [order, dim, dim]: {error}") from error
+    if elements.ndim != 3 or not 1 <= len(elements) <= 4096 or elements.shape[1] != elements.shape[2] or elements.shape[1] < 1:
+        raise ValueError(f"from_elements needs matrices [order, dim, dim], order from 1 to 4096, got shape {elements.shape}")
+    order, dim = elements.shape[:2]
+    for matrix in elements:
+        _as_orthogonal(matrix, dim)
+    if np.abs(elements[0] - np.eye(dim)).max() > 1e-9:
+        raise ValueError(f"from_elements needs the identity first, got {elements[0].tolist()}")
+    flat, table = elements.reshape(order, -1), np.empty((order, order), int)
+    for a in range(order):
+        products = (elements[a] @ elements).reshape(order, -1)
+        table[a] = (products @ flat.T).argmax(1)  # the nearest in the Frobenius norm has the largest inner product
+        if np.abs(products - flat[table[a]]).max() > _SAME or len(set(table[a])) < order:
+            raise ValueError(f"from_elements needs a group: element {a} of {order} times another is none of them, or twice one")
+    return Group(name or f"order {order} in O({dim})", elements, table, table.argmin(1))
+
+
 def cyclic(n: int) -> Group:
     """The rotations of the plane by multiples of 2π/n (p-n); element k turns by 2πk/n, axis 0 towards axis 1."""
     return from_generators([_rotation(2 * math.pi / _count("cyclic", n))], name=f"p{n}", max_order=n)

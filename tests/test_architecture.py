@@ -16,7 +16,7 @@ FLOORS = [  # from the ground up; within a floor a module may use those before i
     ["kernels", "steerable", "layout", "matmul", "fourier", "lowering"],
     ["conv", "layers", "nonlinearities"],
     ["networks"],
-    ["equivariance", "export"],
+    ["equivariance", "architecture", "export"],
     ["__init__"],
 ]
 HEIGHT = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}
@@ -25,7 +25,8 @@ THIRD_PARTY = {  # what each floor may use; numpy alone where mathematics is don
     "groups": {"numpy", "jax"}, "kernels": {"numpy", "jax"}, "layout": {"numpy", "jax"},
     "matmul": {"numpy", "jax"}, "fourier": {"numpy", "jax"}, "lowering": {"numpy", "jax"}, "equivariance": {"numpy", "jax"},
     "conv": {"numpy", "jax", "flax"}, "layers": {"numpy", "jax", "flax"}, "nonlinearities": {"numpy", "jax", "flax"},
-    "networks": {"numpy", "jax", "flax"}, "export": {"numpy", "jax", "flax"}, "__init__": set(),
+    "networks": {"numpy", "jax", "flax"}, "export": {"numpy", "jax", "flax"},
+    "architecture": {"numpy", "jax", "flax"}, "__init__": set(),
 }
 MODULES = sorted(path.stem for path in FOLDER.rglob("*.py"))
 
