@@ -10,6 +10,7 @@ import functools
 import gc
 import glob
 import importlib.metadata
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,8 @@ def run(options: argparse.Namespace):
         file = Path(options.config or QUICK).absolute()
         workdir = Path(options.workdir or Path("runs", "-".join([file.stem, *options.set]).replace(os.sep, "_")))
         source = {"file": str(file), "overrides": options.set}
-        result = train.train(given or config.load(file), workdir, source=source)
+        minutes = math.inf if options.minutes is None else options.minutes
+        result = train.train(given or config.load(file), workdir, source=source, minutes=minutes)
         if jax.process_index() == 0:
             report(result, workdir)
 
@@ -84,8 +86,11 @@ def spare():
         monitoring.register_event_duration_secs_listener(compiled)
 
 
-def report(result: Mapping, workdir: Path):
-    """Prints what a run came to."""
+def report(result: Mapping | None, workdir: Path):
+    """Prints what a run came to; None: it was stopped by --minutes."""
+    if result is None:
+        print(f"stopped before the time was over; the same command goes on from the last checkpoint in {workdir}/")
+        return
     print(f"data: {result['dataset']} ({result['dataset_note']}); {result['parameters']} parameters")
     print(f"test error: {result['test_error']:.2%} of {result['images']['test']} images, after the last epoch")
     if errors := result.get("equivariance_error"):
@@ -100,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="a Python file that defines config = dict(...); default: quick.py")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the config")
     parser.add_argument("--workdir", type=Path, help="folder of the run, shared by all hosts; default: runs/<config>")
+    parser.add_argument("--minutes", type=float, help="stop at the end of an epoch before so many minutes are over")
     parser.add_argument("--evaluate", type=Path, metavar="RUN", help="the test error of a workdir or of one checkpoint")
     parser.add_argument("--predict", type=Path, metavar="IMAGE", help="class probabilities, from the run at --workdir")
     parser.add_argument("--distributed", action="store_true", help="one of several processes that train together")

@@ -9,7 +9,7 @@ The test set is evaluated once, after the last epoch.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -71,10 +72,18 @@ class Model(NamedTuple):
         return self.network.apply(variables, (images - self.mean) / self.deviation, **kwargs)
 
 
-def train(config: Config, workdir: Path, data: datasets.Dataset | None = None, source: Mapping | None = None) -> dict:
+def train(
+    config: Config,
+    workdir: Path,
+    data: datasets.Dataset | None = None,
+    source: Mapping | None = None,
+    minutes: float = math.inf,
+) -> dict | None:
     """Trains to the config's last epoch, on from the last checkpoint in `workdir` if there is one; returns the result.
 
-    `data` stands in for the config's data set. `source` is kept in the workdir: where the config came from.
+    `data` stands in for the config's data set. `source` is kept in the workdir: where the config came from. No epoch is begun,
+    nor the evaluation at the end, that would not end within `minutes` if it took as long as the first one, which is compiled,
+    or the last: then None is returned, and all that was done is in the last checkpoint.
     """
     began = time.perf_counter()
     workdir, writes = Path(workdir).absolute(), jax.process_index() == 0
@@ -101,6 +110,8 @@ def train(config: Config, workdir: Path, data: datasets.Dataset | None = None, s
         board = SummaryWriter(str(workdir / "tensorboard"), purge_step=done + 1) if writes else None
         bar = tqdm(total=config.epochs, initial=done, unit="epoch", disable=not writes)
         for epoch in range(done + 1, config.epochs + 1):
+            if not time_for_more(began, minutes, history):
+                break
             epoch_began = time.perf_counter()
             state, metrics = train_epoch(state, epoch)
             if not all(map(math.isfinite, metrics.values())):
@@ -121,6 +132,10 @@ def train(config: Config, workdir: Path, data: datasets.Dataset | None = None, s
             bar.set_postfix({name: f"{value:.4f}" for name, value in metrics.items() if name.endswith("error")})
             bar.update()
         bar.close()
+        if writes:
+            board.close()
+    if len(history) < config.epochs or not time_for_more(began, minutes, history):
+        return None
 
     confusion, loss = evaluate(state.variables, data.test)
     result = {
@@ -135,7 +150,6 @@ def train(config: Config, workdir: Path, data: datasets.Dataset | None = None, s
         "train_seconds": sum(line["seconds"] for line in history),
     }
     if writes:
-        board.close()
         variables = jax.device_get(state.variables)
         result["equivariance_error"] = equivariance_error(model, variables, data.test.images[:64])
         result["figures"] = figures.draw(workdir / "figures", history, confusion, model.network, variables, shape)
@@ -143,6 +157,12 @@ def train(config: Config, workdir: Path, data: datasets.Dataset | None = None, s
         result["config"] = describe(config)
         write_json(workdir / "result.json", result)
     return result
+
+
+def time_for_more(began: float, minutes: float, history: Sequence[Mapping]) -> bool:
+    """Whether an epoch as long as the first or the last one would end within `minutes`; process 0 decides for all."""
+    seconds = time.perf_counter() - began + max((line["seconds"] for line in [*history[:1], *history[-1:]]), default=0)
+    return minutes == math.inf or bool(multihost_utils.broadcast_one_to_all(np.bool_(seconds < 60 * minutes)))
 
 
 # What runs on the devices

@@ -330,6 +330,30 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert results[0]["test_loss"] == results[1]["test_loss"]
 
 
+def test_a_run_that_stops_before_its_time_is_over_goes_on_to_the_same_bits(run, tmp_path, monkeypatch):
+    """It stops between two epochs, and before the evaluation; the test set is read by the call that ends the run alone."""
+    config, straight, result = run
+    data = make_data()
+    assert train.train(config, tmp_path, data, minutes=0) is None and saved_epochs(tmp_path) == []
+    for epochs in (1, 3):
+        with monkeypatch.context() as patched:
+            patched.setattr(train, "time_for_more", lambda began, minutes, history, most=epochs: len(history) < most)
+            unread = data._replace(test=Split(data.test.images[:0], data.test.labels[:0]))
+            assert train.train(config, tmp_path, unread, minutes=9) is None
+        assert saved_epochs(tmp_path)[-1] == epochs and not (tmp_path / "result.json").exists()
+    assert train.train(config, tmp_path, data, minutes=9)["test_loss"] == result["test_loss"]
+    np.testing.assert_array_equal(*(flat(final_state(folder, config)) for folder in (straight, tmp_path)))
+
+
+def test_no_epoch_is_begun_that_would_not_end_in_time():
+    """It is taken to last as long as the first, which is compiled, or the last one."""
+    history = [{"seconds": 50.0}, {"seconds": 1.0}, {"seconds": 20.0}]
+    began = time.perf_counter() - 60
+    for minutes, enough in ((0.9, False), (1.7, False), (2.0, True), (float("inf"), True)):
+        assert train.time_for_more(began, minutes, history) is enough
+    assert train.time_for_more(began, 1.5, history[1:]) and not train.time_for_more(began, 0.5, [])
+
+
 # Bad input
 
 
