@@ -45,9 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace):
     import jax
 
-    from experiments import config, saved, train
+    from experiments import config, packing, saved, train
 
     spare()
+    if options.pack:
+        for path in packing.pack(*options.pack):
+            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+        return
+    if options.unpack:
+        file, folder = options.unpack
+        epoch = packing.unpack(file, folder)
+        print(f"{folder}: a run after epoch {epoch}; --workdir {folder}, with the --config and --set of its beginning, goes on")
+        return
     given = config.load(options.config or QUICK, options.set) if options.config or options.set else None
     if options.predict:
         if not (options.evaluate or options.workdir):
@@ -107,6 +116,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", type=Path, help="folder of the run, shared by all hosts; default: runs/<config>")
     parser.add_argument("--minutes", type=float, help="stop at the end of an epoch before so many minutes are over")
     parser.add_argument("--evaluate", type=Path, metavar="RUN", help="the test error of a workdir or of one checkpoint")
+    parser.add_argument("--pack", type=Path, nargs=2, metavar=("RUN", "FILE"), help="the run in a file, to go on elsewhere")
+    parser.add_argument("--unpack", type=Path, nargs=2, metavar=("FILE", "RUN"), help="the folder of a run from such a file")
     parser.add_argument("--predict", type=Path, metavar="IMAGE", help="class probabilities, from the run at --workdir")
     parser.add_argument("--distributed", action="store_true", help="one of several processes that train together")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; found by itself on TPU")
