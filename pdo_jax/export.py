@@ -19,7 +19,9 @@ from pdo_jax import conv, lowering
 from pdo_jax._version import __version__
 from pdo_jax.conv import GroupConv, LiftingConv, PDOConv
 from pdo_jax.layers import GroupBatchNorm
+from pdo_jax.weights import load, save
 
+__all__ = ["Plain", "about", "from_stablehlo", "load", "save", "to_plain", "to_stablehlo"]
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 

@@ -14,9 +14,9 @@ FOLDER = Path(pdo_jax.__file__).parent
 FLOORS = [  # from the ground up; within a floor a module may use those before it
     ["_version", "groups", "fields", "operators", "stencils"],
     ["kernels", "steerable", "layout", "matmul", "fourier", "lowering"],
-    ["conv", "layers", "nonlinearities"],
+    ["conv", "layers", "nonlinearities", "architecture", "weights"],
     ["networks"],
-    ["equivariance", "architecture", "export"],
+    ["equivariance", "export"],
     ["__init__"],
 ]
 HEIGHT = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}
@@ -26,7 +26,7 @@ THIRD_PARTY = {  # what each floor may use; numpy alone where mathematics is don
     "matmul": {"numpy", "jax"}, "fourier": {"numpy", "jax"}, "lowering": {"numpy", "jax"}, "equivariance": {"numpy", "jax"},
     "conv": {"numpy", "jax", "flax"}, "layers": {"numpy", "jax", "flax"}, "nonlinearities": {"numpy", "jax", "flax"},
     "networks": {"numpy", "jax", "flax"}, "export": {"numpy", "jax", "flax"},
-    "architecture": {"numpy", "jax", "flax"}, "__init__": set(),
+    "architecture": {"numpy", "jax", "flax"}, "weights": {"numpy", "flax", "safetensors"}, "__init__": set(),
 }
 MODULES = sorted(path.stem for path in FOLDER.rglob("*.py"))
 
