@@ -1,0 +1,172 @@
+"""Runs the rows of the ledger, in order, several seeds each, and writes the table of experiments/README.md.
+
+    python -m experiments.reproduce [ROW …] [--minutes M] [--out DIR]
+
+What has a result in DIR (default: experiments/results) is done; what was begun, in the folder runs here or in DIR/runs, goes
+on; the rest is trained. With --minutes it stops at the end of an epoch before the time is over; the same command goes on later.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+RESULTS, README = HERE / "results", HERE / "README.md"
+BEGIN, END = "<!-- from results/*.json, by python -m experiments.reproduce -->\n", "<!-- end -->\n"
+HEAD = """| row | data | parameters | n | test error | wall time | device | commit |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+class Row(NamedTuple):
+    """A config file by its name, what `--set` changes in it, the number of seeds, from 0 on, and a few words."""
+
+    config: str
+    overrides: tuple[str, ...]
+    seeds: int
+    text: str
+
+
+BFLOAT16 = ("dtype=bfloat16",)
+ROWS = {
+    "mnist_rot_h100_float32": Row("mnist_rot", (), 3, "p8, the paper's 200 epochs"),
+    "mnist_rot_h100_bfloat16": Row("mnist_rot", BFLOAT16, 3, "the same in bfloat16"),
+    "mnist_rot_bfloat16": Row("mnist_rot", BFLOAT16, 1, "the same on a CPU"),
+    "mnist_rot_60": Row("mnist_rot_60", (), 1, "p8, 60 epochs, bfloat16"),
+    "mnist_rot_20_float32": Row("mnist_rot_20", (), 3, "p8, 20 epochs"),
+    "mnist_rot_20_bfloat16": Row("mnist_rot_20", BFLOAT16, 3, "the same in bfloat16"),
+    "mnist_rot_cnn": Row("mnist_rot_cnn", (), 3, "plain CNN, 200 epochs"),
+    "mnist_rot_cnn_60": Row("mnist_rot_cnn_60", (), 1, "plain CNN, 60 epochs"),
+    "shapes3d_octahedral": Row("shapes3d_octahedral", (), 1, "the 24 rotations of the cube, volumes"),
+    "shapes3d_icosahedral": Row("shapes3d_icosahedral", (), 1, "the 60 rotations of the icosahedron, volumes"),
+    "shapes3d_cnn": Row("shapes3d_cnn", (), 1, "plain 3-D CNN"),
+    "shapes3d_cnn_turned": Row("shapes3d_cnn", ("dataset=shapes3d/turned",), 1, "the same, trained on all rotations"),
+}
+"""The ledger, first things first. The results of a row are the files ROW_seed0.json, ROW_seed1.json, …"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    if unknown := [row for row in options.rows if row not in ROWS]:
+        print(f"error: no row {unknown[0]!r}; the rows are {', '.join(ROWS)}", file=sys.stderr)
+        return 2
+    from experiments import config, datasets, workdir
+
+    began, failed = time.monotonic(), False
+    out = options.out or RESULTS
+    runs = out / "runs" if options.out else Path("runs")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, seed in missing(out, options.rows or list(ROWS)):
+            minutes = options.minutes - (time.monotonic() - began) / 60
+            print(f"{name}, seed {seed}", file=sys.stderr)
+            try:
+                done = run(name, seed, out, runs, minutes)
+            except (config.ConfigError, datasets.DataError, workdir.TrainError) as error:
+                print(f"error: {name}, seed {seed}: {error}", file=sys.stderr)
+                failed = True
+                continue
+            write_table(out)
+            if not done:
+                print("stopped before the time was over; the same command goes on", file=sys.stderr)
+                break
+        write_table(out)
+    except OSError as error:
+        print(f"error: cannot write {error.filename}: {error.strerror}; choose another --out", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 2 if failed else 0
+
+
+def missing(out: Path, rows: Sequence[str]) -> list[tuple[str, int]]:
+    """The rows and seeds without a result, in order."""
+    return [(row, seed) for row in rows for seed in range(ROWS[row].seeds) if not _file(out, row, seed).exists()]
+
+
+def run(name: str, seed: int, out: Path, runs: Path, minutes: float) -> bool:
+    """Trains a row's seed to its end and writes its result; False if the time was over before."""
+    from experiments import config, train, workdir
+
+    file, overrides = HERE / "configs" / f"{ROWS[name].config}.py", [*ROWS[name].overrides, f"seed={seed}"]
+    source = {"file": str(file), "overrides": overrides}
+    result = train.train(config.load(file, overrides), runs / f"{name}-seed{seed}", source=source, minutes=minutes)
+    if result is None:
+        return False
+    result["figures"] = [f"figures/{Path(figure).name}" for figure in result.get("figures", ())]
+    workdir.write_json(_file(out, name, seed), result)
+    return True
+
+
+def write_table(out: Path):
+    """Writes the table of all results in `out` into its README, between the two marks."""
+    readme = README if out == RESULTS else out / "README.md"
+    text = readme.read_text() if readme.exists() else "# Recorded runs\n\n" + BEGIN + END
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    readme.write_text(before + BEGIN + table(out) + END + after)
+
+
+def table(out: Path) -> str:
+    lines = []
+    for name, row in ROWS.items():
+        files = [file for seed in range(row.seeds) if (file := _file(out, name, seed)).exists()]
+        if files:
+            lines.append(_line(name, row, [json.loads(file.read_text()) for file in files]))
+    return HEAD + "".join(lines)
+
+
+def _line(name: str, row: Row, results: Sequence[dict]) -> str:
+    def all_of(values):
+        return ", ".join(dict.fromkeys(values))
+
+    errors = [100 * result["test_error"] for result in results]
+    seconds = [round(max(result["wall_seconds"], result["train_seconds"])) for result in results]  # of all calls, or of one
+    digits = 2 if results[0]["images"]["test"] > 2000 else 1
+    spread = f" ± {statistics.stdev(errors):.{digits}f}" if len(errors) > 1 else ""
+    even = max(seconds) < 1.05 * min(seconds)
+    cells = [
+        f"`{name}`: {row.text}",
+        all_of(result["dataset"] for result in results),
+        all_of(f"{result['parameters']:,}".replace(",", " ") for result in results),
+        str(len(results)),
+        f"{statistics.mean(errors):.{digits}f}{spread} %",
+        f"{round(statistics.mean(seconds))} s" if even else f"{min(seconds)} – {max(seconds)} s",
+        all_of(_device(result) for result in results),
+        all_of((result["commit"] or "?")[:7] for result in results),
+    ]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _device(result: dict) -> str:
+    """ "2 CPU cores", from devices "1 x cpu, …" and host "2 cores, …"; "H100" from devices "1 x NVIDIA H100 80GB HBM3, …"."""
+    kind = result["devices"].partition(" x ")[2].partition(",")[0]
+    return f"{result['host'].partition(' ')[0]} CPU cores" if kind == "cpu" else kind.removeprefix("NVIDIA ").partition(" ")[0]
+
+
+def _file(out: Path, row: str, seed: int) -> Path:
+    return out / f"{row}_seed{seed}.json"
+
+
+def parser() -> argparse.ArgumentParser:
+    description = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser("python -m experiments.reproduce", description=description, allow_abbrev=False)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="default: all; " + ", ".join(ROWS))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop before so many minutes are over")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; default: experiments/results")
+    return parser
+
+
+if __name__ == "__main__":
+    from experiments.main import restart_with_settings, spare
+
+    restart_with_settings()
+    spare()
+    sys.exit(main())
