@@ -25,17 +25,17 @@ from matplotlib.figure import Figure
 import pdo_jax as pdo
 from experiments import config, datasets, main, saved, train
 from experiments.baselines import MnistRotCNN
-from experiments.configs.quick import config as quick_config
 from pdo_jax import fields, groups, kernels, operators, steerable, stencils
 
 EPOCHS = 4
 FEATURES = 4
 FOURTH = partial(stencils.central_difference, accuracy=4)
 TURN = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
+P8 = partial(pdo.networks.PAPER["mnist_rot"], head="invariant", head_features=64)
 NETWORKS = {
-    "PDO-eConv p8, central differences": pdo.networks.MnistRotNet(scheme=stencils.central_difference),
-    "PDO-eConv p8, Gaussian derivatives": pdo.networks.MnistRotNet(scheme=stencils.gaussian_derivative),
-    "PDO-eConv p8, RBF-FD": pdo.networks.MnistRotNet(scheme=stencils.rbf_fd),
+    "PDO-eConv p8, central differences": P8(scheme=stencils.central_difference),
+    "PDO-eConv p8, Gaussian derivatives": P8(scheme=stencils.gaussian_derivative),
+    "PDO-eConv p8, RBF-FD": P8(scheme=stencils.rbf_fd),
     "plain CNN": MnistRotCNN(),
 }
 
@@ -237,7 +237,8 @@ def trained(path: Path, runs: Path, turns: int = 24, images: int = 500) -> list[
             "|---" * 8 + "|"]
     for number, (label, network) in enumerate(NETWORKS.items()):
         schedule = partial(config.warmup_cosine, 1e-2, 1, EPOCHS)
-        setting = config.make(quick_config | dict(network=network, epochs=EPOCHS, learning_rate=schedule, scan=False))
+        setting = config.Config(network, validation=200, epochs=EPOCHS, batch_size=64, learning_rate=schedule, l2=1e-4,
+                                scan=False, eval_batch_size=200)
         result = train.train(setting, runs / str(number))
         _, model, variables, _, _ = saved.load(runs / str(number), setting)
         logits = jax.jit(lambda x, model=model, variables=variables: model.logits(variables, x, train=False))

@@ -2,7 +2,7 @@
 
 ``to_data`` writes a module by its importable name and its fields, ``from_data`` builds it again, ``differences`` compares two:
 
-    {"module": "pdo_jax.networks.MnistRotNet", "fields": {"num_classes": 10, "group": {"group": "p8", "elements": [[[1.0, …
+    {"module": "pdo_jax.networks.MnistRotNet", "fields": {"num_classes": 10, "group": {"group": "p12", "elements": [[[1.0, …
 
 Data may come from anyone: building from it runs no code but the constructors of Flax modules that are in this library, in Flax
 or in what the program has imported itself. Functions are looked up in a few modules that only compute. No other is imported.
@@ -77,7 +77,7 @@ def differences(there, here) -> list[str]:
 
     >>> import pdo_jax as pdo
     >>> differences(pdo.networks.MnistRotNet(), pdo.networks.MnistRotNet(group=pdo.groups.dihedral(4)))
-    ['group: p8 there, p4m here']
+    ['group: p12 there, p4m here']
     """
     there, here = (to_data(network) if isinstance(network, nn.Module) else network for network in (there, here))
     return list(_compare(there, here, ""))

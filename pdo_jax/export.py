@@ -49,7 +49,7 @@ def to_plain(network, variables, shape, *, dtype=jnp.float32):
         under ``nn.scan`` or ``nn.vmap``.
 
     >>> import pdo_jax as pdo
-    >>> network = pdo.networks.MnistRotNet(head="paper")
+    >>> network = pdo.networks.PAPER["mnist_rot"]()
     >>> variables = jax.jit(network.init)(jax.random.key(0), jnp.ones([1, 28, 28, 1]))
     >>> plain, folded = to_plain(network, variables, (1, 28, 28, 1))
     >>> folded["params"]["conv2"]["kernel"].shape, folded["params"]["conv2"]["bias"].shape

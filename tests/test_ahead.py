@@ -82,8 +82,8 @@ def test_every_paper_network_has_a_config():
     """The networks are those of the configs, with their augmentation and optimiser."""
     for name, file in ahead.CONFIGS.items():
         network = config.load(ROOT / "experiments" / "configs" / f"{file}.py").network
-        assert network == (pdo.networks.PAPER[name]() if name in pdo.networks.PAPER else pdo.networks.MnistRotNet(head="paper"))
-    assert set(pdo.networks.PAPER) < set(ahead.CONFIGS)
+        assert network == pdo.networks.PAPER["mnist_rot" if name == "MnistRotNet" else name]()
+    assert len(pdo.networks.PAPER) == len(ahead.CONFIGS)
 
 
 @pytest.mark.parametrize("given, expected", [(0.25, (0.25, 0)), (-1.75, (0.25, 2)), (-2.0, (0.0, 2))])

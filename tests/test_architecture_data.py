@@ -147,7 +147,7 @@ def test_what_cannot_be_described_is_refused_by_name(network, message):
 
 
 def test_differences_name_the_field_and_both_values():
-    p8 = networks.MnistRotNet()
+    p8 = networks.PAPER["mnist_rot"]()
     assert differences(p8, p8.clone(group=groups.dihedral(4), frame=0.5)) == [
         "group: p8 there, p4m here",
         f"frame: {np.pi / 8} there, 0.5 here",

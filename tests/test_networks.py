@@ -21,10 +21,12 @@ def parameters(network, *shape):
 
 
 def test_parameters_of_the_mnist_network():
-    """26 747 with the paper's flattening head, as in the paper; the invariant head has its own number."""
-    assert parameters(MnistRotNet(head="paper"), 1, 28, 28, 1) == 26_747
+    """26 747 with the paper's flattening head, as in the paper; the invariant head and the best network have their own."""
+    assert parameters(PAPER["mnist_rot"](), 1, 28, 28, 1) == 26_747
     pointwise, norm, linear = 7 * 8 * 64, 2 * 64, 64 * 10 + 10
-    assert parameters(MnistRotNet(), 1, 28, 28, 1) == 26_747 - 4 * 4 * 56 * 10 + pointwise + norm + linear
+    invariant = PAPER["mnist_rot"](head="invariant", head_features=64)
+    assert parameters(invariant, 1, 28, 28, 1) == 26_747 - 4 * 4 * 56 * 10 + pointwise + norm + linear
+    assert parameters(MnistRotNet(), 1, 28, 28, 1) == 21_142
 
 
 @pytest.mark.parametrize("name, ten, hundred, paper", [
@@ -39,7 +41,7 @@ def test_parameters_of_the_papers_resnets(name, ten, hundred, paper):
 
 def test_depth_of_the_papers_resnets():
     """6 · blocks + 2: 26 for p6, p6m and the wide p8, 44 for p8; two layers a block, the first one and the linear one."""
-    assert {name: 6 * network.keywords["blocks"] + 2 for name, network in PAPER.items()} == {
+    assert {name: 6 * network.keywords["blocks"] + 2 for name, network in PAPER.items() if name != "mnist_rot"} == {
         "p6": 26, "p6m": 26, "p8": 44, "p8_wide": 26}
     variables = jax.eval_shape(PAPER["p6"]().init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     spatial = [k for k, v in variables.items() if "Conv" in k and v["kernel"].shape[0] == 9]

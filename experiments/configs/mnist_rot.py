@@ -11,14 +11,13 @@ Recorded (3 seeds, last epoch, regenerated data): 2.18 ± 0.05 % test error in f
 part. mnist_rot_60.py is the same in 60 epochs.
 """
 
-import math
 from functools import partial
 
 import pdo_jax as pdo
 from experiments.config import piecewise
 
 config = dict(
-    network=pdo.networks.MnistRotNet(group=pdo.groups.cyclic(8), head="paper", frame=math.pi / 8),
+    network=pdo.networks.PAPER["mnist_rot"](),
     dataset="mnist_rot/regenerated",
     epochs=200,
     batch_size=128,

@@ -8,13 +8,11 @@ channels, otherwise as mnist_rot.py; some 30 times the arithmetic of that run.
 Not yet run here.
 """
 
-import math
-
 import pdo_jax as pdo
 from experiments.configs.mnist_rot import config as base
 from experiments.datasets import augment
 
 config = base | dict(
-    network=pdo.networks.MnistRotNet(group=pdo.groups.cyclic(8), features=40, head="paper", frame=math.pi / 8),
+    network=pdo.networks.PAPER["mnist_rot"](features=40),
     augment=augment.rotate,
 )

@@ -7,11 +7,9 @@ Otherwise as mnist_rot.py.
 Not yet run here.
 """
 
-import math
-
 import pdo_jax as pdo
 from experiments.configs.mnist_rot import config as base
 
 config = base | dict(
-    network=pdo.networks.MnistRotNet(group=pdo.groups.cyclic(8), head="invariant", frame=math.pi / 8),
+    network=pdo.networks.PAPER["mnist_rot"](head="invariant", head_features=64),
 )
