@@ -8,9 +8,12 @@ import ast
 import dataclasses
 import difflib
 import functools
+import hashlib
+import importlib.machinery
 import importlib.util
 import math
 import re
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +23,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
+from experiments.boundary import Refused
+from pdo_jax.groups import Group
 
-class ConfigError(ValueError):
+
+class ConfigError(Refused, ValueError):
     """A config or a command line that cannot be run; the message says what was given, expected, and what to do."""
 
 
@@ -69,19 +75,25 @@ class Config:
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
 
 
+_LARGEST = 2**32 - 1  # what a random key is made of, and more than any count
 _AT_LEAST = {"validation": 0, "epochs": 1, "batch_size": 1, "l2": 0.0, "label_smoothing": 0.0, "ema": 0.0, "seed": 0,
              "eval_batch_size": 1}
 _BELOW = {"label_smoothing": 1.0, "ema": 1.0}
 
 
 def piecewise(rates: Mapping[float, float], epoch) -> jnp.ndarray:
-    """A constant rate from each epoch on: `piecewise({0: 1e-3, 100: 1e-4}, 99.5)` is 1e-3. The first key is 0."""
+    """A constant rate from each epoch on: `piecewise({0: 1e-3, 100: 1e-4}, 99.5)` is 1e-3. The keys rise from 0."""
+    keys = list(rates)
+    if not keys or keys[0] != 0 or keys != sorted(set(keys)):
+        raise ConfigError(f"piecewise takes {{epoch: rate}} with rising epochs, the first of them 0, got {dict(rates)}")
     starts, values = jnp.array(list(rates), jnp.float32), jnp.array(list(rates.values()), jnp.float32)
     return values[jnp.searchsorted(starts, epoch, side="right") - 1]
 
 
 def warmup_cosine(peak: float, warmup: float, epochs: float, epoch) -> jnp.ndarray:
     """Rises linearly from 0 to `peak` over `warmup` > 0 epochs, then falls to 0 at `epochs` as half a cosine."""
+    if not 0 < warmup < epochs:
+        raise ConfigError(f"warmup_cosine takes a warm-up of more than 0 epochs and less than all, got {warmup} of {epochs}")
     fall = jnp.clip((epoch - warmup) / (epochs - warmup), 0, 1)
     return peak * jnp.minimum(epoch / warmup, (1 + jnp.cos(jnp.pi * fall)) / 2)
 
@@ -92,11 +104,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         near = sorted(str(p) for p in (Path(__file__).parent / "configs").glob("[!_]*.py"))
         raise ConfigError(f"no config file {path}; give the path of a Python file, such as\n  " + "\n  ".join(near))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    loader = importlib.machinery.SourceFileLoader(path.stem, str(path))  # whatever the file's ending
     try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except Exception as error:
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(path.stem, loader))
+        loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"config file {path} does not run: {type(error).__name__}: {error}") from error
     values = getattr(module, "config", None)
     if not isinstance(values, Mapping):
@@ -128,9 +140,19 @@ def describe(value) -> Any:
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [describe(item) for item in value]
+    if isinstance(value, Group):
+        return f"{value!r} {hashlib.sha256((value.elements.round(9) + 0.0).tobytes()).hexdigest()[:8]}"
     if callable(value) and hasattr(value, "__name__"):
-        return f"{value.__module__}.{value.__name__}"
+        name = f"{value.__module__}.{value.__name__}"
+        return {"function": name, "closure": describe(kept)} if (kept := closure(value)) else name
+    if callable(value) and getattr(value, "__dict__", None):
+        return {"object": describe(type(value))} | {name: describe(item) for name, item in sorted(vars(value).items())}
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def closure(function) -> list:
+    """The values that a function has kept of where it was made."""
+    return [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != types.CellType()]
 
 
 def _field(key: str) -> dataclasses.Field:
@@ -174,6 +196,8 @@ def _checked(field: dataclasses.Field, value):
         raise ConfigError(f"{field.name} is {value}; it must be a finite number")
     if field.name in _AT_LEAST and value < _AT_LEAST[field.name]:
         raise ConfigError(f"{field.name} is {value}; it must be at least {_AT_LEAST[field.name]}")
+    if type(value) is int and value > _LARGEST:
+        raise ConfigError(f"{field.name} is {value}; it must be at most {_LARGEST}")
     if field.name in _BELOW and value >= _BELOW[field.name]:
         raise ConfigError(f"{field.name} is {value}; it must be below {_BELOW[field.name]}")
     return value

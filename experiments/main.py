@@ -5,6 +5,7 @@ where a run was interrupted, and prints the result of one that is finished.
 """
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import gc
@@ -12,9 +13,14 @@ import glob
 import importlib.metadata
 import math
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from experiments import boundary, together
+from experiments.boundary import Refused
 
 QUICK = Path(__file__).parent / "configs" / "quick.py"
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # they make it cheap to touch a big temporary first
@@ -25,24 +31,55 @@ ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kf
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    import jax  # here and not above: what the process settings set is read by the import
-
-    if options.distributed:
-        jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
-    from experiments import config, datasets, workdir
-
-    try:
-        run(options)
-    except (config.ConfigError, datasets.DataError, workdir.TrainError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    return boundary.guarded(lambda: run(options))
 
 
 def run(options: argparse.Namespace):
+    compatible(options)
+    address = None
+    if options.distributed:
+        address = together.check(options.coordinator, options.num_processes, options.process_id, options.timeout)
+    import jax  # here and not above: what the process settings set is read by the import
+
+    if address:
+        together.meet(address, options.num_processes, options.process_id, options.timeout)
+    if options.distributed:
+        wait = {"initialization_timeout": math.ceil(options.timeout)}
+        jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id, **wait)
+    try:
+        work(options)
+    except Exception:
+        together.settle()
+        raise
+    together.leave()
+
+
+def compatible(options: argparse.Namespace):
+    """Options that do not go together are refused, not ignored."""
+    asks = [name for name in ("evaluate", "predict", "pack", "unpack") if getattr(options, name)]
+    training = {name: getattr(options, name) for name in ("minutes", "force_resume", "distributed")}
+    of_processes = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id", "timeout")}
+    if len(asks) > 1:
+        raise Refused(f"--{asks[0]} and --{asks[1]} do not go together; give one of them")
+    for name, value in training.items():
+        if asks and value not in (None, False):
+            raise Refused(f"--{name.replace('_', '-')} is for training; it does not go with --{asks[0]}")
+    for name, value in of_processes.items():
+        if value != parser().get_default(name) and not options.distributed:
+            raise Refused(f"--{name.replace('_', '-')} is for --distributed; give both or none")
+    if options.workdir and asks and asks != ["predict"]:
+        raise Refused(f"--workdir does not go with --{asks[0]}, which names the run itself")
+    if options.predict and not options.workdir:
+        raise Refused("--predict needs a trained run: give its folder with --workdir")
+    if asks and options.set and not options.config:
+        raise Refused(f"--set changes a config; with --{asks[0]} name its file too, with --config")
+    if asks in (["pack"], ["unpack"]) and options.config:
+        raise Refused(f"--config does not go with --{asks[0]}")
+    if options.minutes is not None and not options.minutes > 0:
+        raise Refused(f"--minutes is {options.minutes}; it must be a number above 0")
+
+
+def work(options: argparse.Namespace):
     import jax
 
     from experiments import config, packing, saved, train
@@ -57,24 +94,23 @@ def run(options: argparse.Namespace):
         epoch = packing.unpack(file, folder)
         print(f"{folder}: a run after epoch {epoch}; --workdir {folder}, with the --config and --set of its beginning, goes on")
         return
-    given = config.load(options.config or QUICK, options.set) if options.config or options.set else None
-    if options.predict:
-        if not (options.evaluate or options.workdir):
-            raise config.ConfigError("--predict needs a trained run: give its folder with --evaluate or --workdir")
-        probabilities = saved.predict(options.evaluate or options.workdir, options.predict, given)
-        for label in probabilities.argsort()[::-1]:
-            print(f"class {label}: {probabilities[label]:.4f}")
-    elif options.evaluate:
-        result = saved.evaluate(options.evaluate, given)
-        print("epoch {epoch}: test error {test_error:.2%} on {dataset}".format(**result))
-    else:
-        file = Path(options.config or QUICK).absolute()
-        workdir = Path(options.workdir or Path("runs", "-".join([file.stem, *options.set]).replace(os.sep, "_")))
-        source = {"file": str(file), "overrides": options.set}
-        minutes = math.inf if options.minutes is None else options.minutes
-        result = train.train(given or config.load(file), workdir, source=source, minutes=minutes)
-        if jax.process_index() == 0:
-            report(result, workdir)
+    if options.predict or options.evaluate:
+        given = config.load(options.config, options.set) if options.config else None
+        if options.predict:
+            probabilities = saved.predict(options.workdir, options.predict, given)
+            for label in probabilities.argsort()[::-1]:
+                print(f"class {label}: {probabilities[label]:.4f}")
+        else:
+            result = saved.evaluate(options.evaluate, given)
+            print("epoch {epoch}: test error {test_error:.2%} on {dataset}".format(**result))
+        return
+    file = Path(options.config or QUICK).absolute()
+    workdir = Path(options.workdir or Path("runs", "-".join([file.stem, *options.set]).replace(os.sep, "_")))
+    source = {"file": str(file), "overrides": options.set}
+    minutes = math.inf if options.minutes is None else options.minutes
+    result = train.train(config.load(options.config or QUICK, options.set), workdir, None, source, minutes, options.force_resume)
+    if jax.process_index() == 0:
+        report(result, workdir)
 
 
 @functools.cache
@@ -115,6 +151,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the config")
     parser.add_argument("--workdir", type=Path, help="folder of the run, shared by all hosts; default: runs/<config>")
     parser.add_argument("--minutes", type=float, help="stop at the end of an epoch before so many minutes are over")
+    parser.add_argument("--force-resume", action="store_true", help="go on though config, code, data or machine have changed")
     parser.add_argument("--evaluate", type=Path, metavar="RUN", help="the test error of a workdir or of one checkpoint")
     parser.add_argument("--pack", type=Path, nargs=2, metavar=("RUN", "FILE"), help="the run in a file, to go on elsewhere")
     parser.add_argument("--unpack", type=Path, nargs=2, metavar=("FILE", "RUN"), help="the folder of a run from such a file")
@@ -123,6 +160,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; found by itself on TPU")
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for another process; default: 60")
     return parser
 
 
@@ -132,7 +170,9 @@ def process_settings(environment: Mapping[str, str], accelerators: Sequence[str]
     On a CPU: how glibc takes memory, and an XLA flag that makes float32 convolutions 2 to 5 times faster. Neither does
     anything on a GPU or TPU, so "on a CPU" is decided simply: by JAX_PLATFORMS, else by the absence of `accelerators`.
     """
-    settings = {"JAX_COMPILATION_CACHE_DIR": str(Path("~/.cache/pdo_jax/jax-cache").expanduser())}
+    settings = {}
+    with contextlib.suppress(RuntimeError):  # nobody's home
+        settings["JAX_COMPILATION_CACHE_DIR"] = str(Path("~/.cache/pdo_jax/jax-cache").expanduser())
     platforms = environment.get("JAX_PLATFORMS")
     on_cpu = platforms == "cpu" or not platforms and not accelerators
     if on_cpu:
@@ -148,9 +188,22 @@ def restart_with_settings():
     """Starts this process again, once, where settings are missing: glibc reads its own when a process starts."""
     missing = process_settings(os.environ, [path for pattern in ACCELERATORS for path in glob.glob(pattern)])
     if missing:
+        check_flags(os.environ.get("XLA_FLAGS", ""))
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
 
 
+def check_flags(flags: str):
+    """XLA ends the process on a flag that it does not know; so those that the user gives are tried in another one."""
+    if re.fullmatch(r"(\s*--xla_force_host_platform_device_count=\d+)*\s*", flags):
+        return
+    tried = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], capture_output=True, text=True)
+    if tried.returncode < 0 or "XLA_FLAGS" in tried.stderr:
+        words = next((line for line in tried.stderr.splitlines() if "XLA_FLAGS" in line), "").rpartition("] ")[2]
+        boundary.say(f"error: XLA does not take XLA_FLAGS={flags!r}: {words[:200]}")
+        sys.exit(boundary.FAILED)
+
+
 if __name__ == "__main__":
+    boundary.install("the same command goes on from the last checkpoint, if it trains")
     restart_with_settings()
     sys.exit(main())

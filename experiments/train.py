@@ -7,6 +7,7 @@ ends with the same bits as one that was not (same devices; a GPU needs XLA_FLAGS
 The test set is evaluated once, after the last epoch.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,31 +19,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import pdo_jax as pdo
-from experiments import datasets, figures
+from experiments import check, datasets, figures, record
 from experiments.config import Config, describe
 from experiments.datasets import augment
 from experiments.workdir import (
+    Board,
     TrainError,
     append_line,
     checkpoint_manager,
-    open_workdir,
+    opened,
     read_history,
     read_json,
     restore,
+    save,
     saved_epochs,
     surroundings,
     write_json,
+    writing,
 )
 
 SPLITS = ("train", "validation", "test")
+RESULT = {"test_error": float, "test_loss": float, "dataset": str, "dataset_note": str, "images": dict, "parameters": int,
+          "figures": list}  # what is read of a result again
 
 
 class State(NamedTuple):
@@ -78,85 +82,101 @@ def train(
     data: datasets.Dataset | None = None,
     source: Mapping | None = None,
     minutes: float = math.inf,
+    force: bool = False,
 ) -> dict | None:
     """Trains to the config's last epoch, on from the last checkpoint in `workdir` if there is one; returns the result.
 
-    `data` stands in for the config's data set. `source` is kept in the workdir: where the config came from. No epoch is begun,
-    nor the evaluation at the end, that would not end within `minutes` if it took as long as the first one, which is compiled,
-    or the last: then None is returned, and all that was done is in the last checkpoint.
+    `data` stands in for the config's data set. `source` says where the config came from, {"file": path, "overrides": [...]}.
+    No epoch is begun, nor the evaluation at the end, that would not end within `minutes` if it took as long as the first one,
+    which is compiled, or the last: then None is returned, and all that was done is in the last checkpoint. `force` goes on with
+    a run whose config, code, data, devices or versions have changed; the result tells so.
     """
     began = time.perf_counter()
     workdir, writes = Path(workdir).absolute(), jax.process_index() == 0
-    open_workdir(workdir, config)
-    if (workdir / "result.json").exists():
-        return read_json(workdir / "result.json")
-    data = data or load_data(config)
-    shape, sizes = data.train.images.shape[1:], {name: len(getattr(data, name).labels) for name in SPLITS}
-    check(config, data)
-    model = make_model(config, *augment.moments(data.train.images))
-    if writes:
-        inputs = {"shape": shape, "mean": model.mean.tolist(), "deviation": model.deviation.tolist()}
-        write_json(workdir / "config.json", {"config": describe(config), "source": source, "input": inputs})
+    with opened(workdir, writes):
+        own = data is not None
+        data = check.data(data if own else load_data(config))
+        model = make_model(config, *augment.moments(data.train.images))
+        known = record.of(config, data, source)
+        record.agree(known)
+        forced = record.resume(workdir, known, force)
+        if (workdir / "result.json").exists():
+            return read_json(workdir / "result.json", RESULT)
+        shape, sizes = data.train.images.shape[1:], {name: len(getattr(data, name).labels) for name in SPLITS}
+        mesh = Mesh(jax.devices(), ("data",))
+        check.run(config, model, data, mesh)
+        if writes:
+            values = data.train.images
+            inputs = {"shape": shape, "mean": model.mean.tolist(), "deviation": model.deviation.tolist(),
+                      "range": [float(values.min()), float(values.max())], "own": own}
+            with writing(workdir / "config.json", 0):
+                write_json(workdir / "config.json", {"record": known, "input": inputs, "forced": forced, "source": source})
 
-    mesh = Mesh(jax.devices(), ("data",))
-    state = place(mesh, initial_state(config, model, shape))
-    train_epoch, scan = epoch_program(config, model, data.train, mesh, state)
-    evaluate = evaluation_program(config, model, data.num_classes, mesh)
+        state = place(mesh, initial_state(config, model, shape))
+        train_epoch, scan = epoch_program(config, model, data.train, mesh, state)
+        evaluate = evaluation_program(config, model, data.num_classes, mesh)
+        done = max(saved_epochs(workdir), default=0)
+        state = restore(workdir, done, state) if done else state
+        state, history = run_epochs(config, workdir, state, done, mesh, train_epoch, evaluate, data, began, minutes)
+        if len(history) < config.epochs or not time_for_more(began, minutes, history):
+            return None
 
-    done = max(saved_epochs(workdir), default=0)
-    state = restore(workdir, done, state) if done else state
-    with checkpoint_manager(workdir) as manager:
-        history = read_history(workdir / "metrics.jsonl", done, writes)
-        board = SummaryWriter(str(workdir / "tensorboard"), purge_step=done + 1) if writes else None
-        bar = tqdm(total=config.epochs, initial=done, unit="epoch", disable=not writes)
+        confusion, loss = evaluate(state.variables, data.test)
+        result = {
+            "test_error": error_rate(confusion),
+            "test_loss": loss,
+            "validation_error": history[-1].get("validation_error"),
+            "train_loss": history[-1]["train_loss"],
+            "dataset": data.name,
+            "dataset_note": data.note,
+            "images": sizes,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+            "train_seconds": sum(line["seconds"] for line in history),
+        }
+        if writes:
+            variables = jax.device_get(state.variables)
+            result["equivariance_error"] = equivariance_error(model, variables, data.test.images[:64])
+            with writing(workdir, config.epochs):
+                result["figures"] = figures.draw(workdir / "figures", history, confusion, model.network, variables, shape)
+                result |= {"wall_seconds": time.perf_counter() - began, "scan": scan} | surroundings()
+                result |= {"forced": forced} if forced else {}
+                result["config"] = describe(config)
+                write_json(workdir / "result.json", result)
+        return result
+
+
+def run_epochs(config, workdir, state, done, mesh, train_epoch, evaluate, data, began, minutes):
+    """The epochs after `done`: each is a line of metrics.jsonl and a checkpoint. The last state, and all lines."""
+    writes = jax.process_index() == 0
+    history = read_history(workdir, done, writes)
+    progress = tqdm(total=config.epochs, initial=done, unit="epoch", disable=not writes)
+    with checkpoint_manager(workdir) as manager, contextlib.closing(Board(workdir, history, writes)) as board, progress as bar:
         for epoch in range(done + 1, config.epochs + 1):
             if not time_for_more(began, minutes, history):
                 break
             epoch_began = time.perf_counter()
             state, metrics = train_epoch(state, epoch)
             if not all(map(math.isfinite, metrics.values())):
+                kept = f"The checkpoint of epoch {epoch - 1} is kept, in {workdir / 'checkpoints'}. " if epoch > 1 else ""
                 raise TrainError(
-                    f"training diverged in epoch {epoch}: {metrics}. The checkpoint of epoch {epoch - 1} is kept,"
-                    f" in {workdir / 'checkpoints'}. Lower the learning rate, or look for bad numbers in the data."
+                    f"training diverged in epoch {epoch}: {metrics}. {kept}Lower the learning rate, or look for bad numbers in "
+                    "the data."
                 )
-            if sizes["validation"]:
+            if len(data.validation.labels):
                 confusion, loss = evaluate(state.variables, data.validation)
                 metrics |= {"validation_loss": loss, "validation_error": error_rate(confusion)}
             history.append({"epoch": epoch, **metrics, "seconds": time.perf_counter() - epoch_began})
-            if writes:  # before the checkpoint, so that a run that resumes from it has all its lines
-                append_line(workdir / "metrics.jsonl", history[-1])
-                for name, value in metrics.items():
-                    board.add_scalar(name, value, epoch)
-                board.flush()
-            manager.save(epoch, args=ocp.args.StandardSave(place(mesh, jax.tree.map(np.array, state))))
+            with writing(workdir, epoch - 1):
+                manager.wait_until_finished()  # so that metrics.jsonl is never ahead of the checkpoints by more than a line
+                if writes:  # before the checkpoint, so that a run that resumes from it has all its lines
+                    append_line(workdir / "metrics.jsonl", history[-1])
+                board.add(history[-1])
+                save(manager, epoch, place(mesh, jax.tree.map(np.array, state)))
             bar.set_postfix({name: f"{value:.4f}" for name, value in metrics.items() if name.endswith("error")})
             bar.update()
-        bar.close()
-        if writes:
-            board.close()
-    if len(history) < config.epochs or not time_for_more(began, minutes, history):
-        return None
-
-    confusion, loss = evaluate(state.variables, data.test)
-    result = {
-        "test_error": error_rate(confusion),
-        "test_loss": loss,
-        "validation_error": history[-1].get("validation_error"),
-        "train_loss": history[-1]["train_loss"],
-        "dataset": data.name,
-        "dataset_note": data.note,
-        "images": sizes,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "train_seconds": sum(line["seconds"] for line in history),
-    }
-    if writes:
-        variables = jax.device_get(state.variables)
-        result["equivariance_error"] = equivariance_error(model, variables, data.test.images[:64])
-        result["figures"] = figures.draw(workdir / "figures", history, confusion, model.network, variables, shape)
-        result |= {"wall_seconds": time.perf_counter() - began, "scan": scan} | surroundings()
-        result["config"] = describe(config)
-        write_json(workdir / "result.json", result)
-    return result
+        with writing(workdir / "checkpoints", len(history) - 1):
+            manager.wait_until_finished()
+    return state, history
 
 
 def time_for_more(began: float, minutes: float, history: Sequence[Mapping]) -> bool:
@@ -240,7 +260,6 @@ def evaluation_program(config: Config, model: Model, num_classes: int, mesh: Mes
 
     The batches come from the host, padded to one size, so that one compiled program serves every split.
     """
-    batch = -(-config.eval_batch_size // mesh.size) * mesh.size
 
     def count(variables, images, labels):
         device = lax.axis_index("data")
@@ -253,12 +272,14 @@ def evaluation_program(config: Config, model: Model, num_classes: int, mesh: Mes
     compiled = mapped(count, config.parallel, mesh, donate=False)
 
     def evaluate(variables, split):
+        batch = -(-min(config.eval_batch_size, max(512, len(split.labels))) // mesh.size) * mesh.size
         counts = []
         for start in range(0, len(split.labels), batch):
             images, labels = split.images[start : start + batch], split.labels[start : start + batch]
             missing = batch - len(labels)  # label -1: no image
             images = np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
-            counts.append(compiled(variables, images, np.pad(labels, (0, missing), constant_values=-1)))
+            labels = np.pad(labels, (0, missing), constant_values=-1)
+            counts.append(one_by_one(mesh, compiled(variables, images, labels)))
         confusions, losses = zip(*jax.device_get(counts), strict=True)
         return sum(confusions), float(sum(losses)) / len(split.labels)
 
@@ -280,11 +301,17 @@ def repeated(function: Callable, scan: bool, parallel: str, mesh: Mesh) -> Calla
         *data, order = data
         outputs = []
         for rows in order:
-            carry, output = compiled(carry, *data, rows)
+            carry, output = one_by_one(mesh, compiled(carry, *data, rows))
             outputs.append(output)
         return carry, jax.tree.map(lambda *leaves: np.stack(jax.device_get(leaves)), *outputs)
 
     return python_loop
+
+
+def one_by_one(mesh: Mesh, outputs):
+    """Several CPU devices of one process share its threads: of many collective programs under way each may hold some, and none
+    all that it needs, until XLA ends the process. So there the next one waits for the last."""
+    return jax.block_until_ready(outputs) if mesh.devices.flat[0].platform == "cpu" and mesh.size > 1 else outputs
 
 
 def mapped(function: Callable, parallel: str, mesh: Mesh, donate: bool = True) -> Callable:
@@ -313,17 +340,6 @@ def place(mesh: Mesh, tree):
 # The model, its loss and its optimiser
 
 
-def check(config: Config, data: datasets.Dataset):
-    """Errors for what would fail later, or would train something else than meant."""
-    network, devices = config.network, jax.device_count()
-    if getattr(network, "num_classes", data.num_classes) != data.num_classes:
-        raise TrainError(f"the network has {network.num_classes} classes, {data.name} has {data.num_classes}")
-    if config.batch_size % devices:
-        raise TrainError(f"batch_size is {config.batch_size}; it must be a multiple of the {devices} devices")
-    if config.batch_size > len(data.train.labels):
-        raise TrainError(f"batch_size is {config.batch_size}; the train set has {len(data.train.labels)} images only")
-
-
 def load_data(config: Config) -> datasets.Dataset:
     try:
         return datasets.load(config.dataset, validation=config.validation, data_dir=config.data_dir)
@@ -347,10 +363,14 @@ def initial_state(config: Config, model: Model, image_shape) -> State:
 
 def new_state(config: Config, model: Model, image_shape) -> State:
     """`initial_state`, to trace: `jax.eval_shape` of it gives the shapes."""
-    variables = model.network.init(keys(config)[0], jnp.zeros((1, *image_shape)), train=False)
-    params = variables["params"]
-    state = State(jnp.int32(0), params, variables.get("batch_stats", {}), make_optimiser(config, 1).init(params), {})
+    variables = new_variables(model, keys(config)[0], image_shape)
+    state = State(jnp.int32(0), **variables, opt_state=make_optimiser(config, 1).init(variables["params"]), average={})
     return state._replace(average=jax.tree.map(jnp.copy, state.variables)) if config.ema else state
+
+
+def new_variables(model: Model, key, image_shape) -> dict:
+    """Initial params and batch_stats, which may be empty."""
+    return {"batch_stats": {}} | model.network.init(key, jnp.zeros((1, *image_shape)), train=False)
 
 
 def keys(config: Config):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pdo_jax as pdo
-from experiments import config, datasets, equivariance, train
+from experiments import config, datasets, equivariance, record, train
 from experiments.datasets import shapes3d
 from experiments.volumes import VolumeCNN, VolumeNet
 from pdo_jax import groups, stencils
@@ -143,4 +143,4 @@ def test_the_training_loop_takes_volumes(tmp_path):
     given = config.make(dict(network=network, dataset="shapes3d", batch_size=8, eval_batch_size=8))
     result = train.train(given, tmp_path / "run", data)
     assert result["images"]["test"] == 8 and np.isfinite(result["test_loss"])
-    assert np.shape(train.read_json(tmp_path / "run" / "config.json")["input"]["mean"]) == (1,)
+    assert np.shape(record.read_config(tmp_path / "run")["input"]["mean"]) == (1,)

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from experiments.boundary import Refused
+
 TIMEOUT = 30  # seconds that a host may stay silent
 NPM_TIMEOUT = 1800  # seconds
 
 
-class DataError(RuntimeError):
+class DataError(Refused, RuntimeError):
     """A data set cannot be had; the message says what was tried, why it failed and what to do."""
 
 

@@ -1,0 +1,124 @@
+"""One check before compute: data, network, augmentation, optimiser and schedule are tried on shapes alone.
+
+What would fail in the first step, in the evaluation after the last one or in what is drawn then, fails here, in a line.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from experiments import train
+from experiments.config import Config, ConfigError
+from experiments.datasets import Dataset, Split
+from experiments.workdir import TrainError
+
+
+def data(given: Dataset) -> Dataset:
+    """The data set with images float32, bytes brought to [0, 1], and labels int32; an error for what cannot be trained on."""
+    if isinstance(given.num_classes, bool) or not isinstance(given.num_classes, int | np.integer) or given.num_classes < 1:
+        raise TrainError(f"{given.name} has num_classes {given.num_classes!r}; expected a whole number of at least 1")
+    splits = {name: _split(given, name) for name in train.SPLITS}
+    for name in ("train", "test"):
+        if not len(splits[name].labels):
+            raise TrainError(f"the {name} set of {given.name} is empty; it needs at least one image")
+    shapes = {name: split.images.shape[1:] for name, split in splits.items() if len(split.labels)}
+    if len(set(shapes.values())) > 1:
+        raise TrainError(f"the images of {given.name} have several shapes: {shapes}; all splits need the same one")
+    return given._replace(**splits)
+
+
+def _split(given, name):
+    images, labels = (np.asarray(array) for array in getattr(given, name))
+    where = f"the {name} set of {given.name}"
+    if images.ndim < 3 or labels.shape != images.shape[:1] or 0 in images.shape[1:]:
+        raise TrainError(f"{where} has images {images.shape} and labels {labels.shape}; expected [n, *space, channels] and [n]")
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise TrainError(f"{where} has images of type {images.dtype}; give bytes (uint8, 0 … 255) or floats in [0, 1]")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TrainError(f"{where} has labels of type {labels.dtype}; give whole numbers from 0 to {given.num_classes - 1}")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < given.num_classes:
+        raise TrainError(f"{where} has labels from {labels.min()} to {labels.max()}; with {given.num_classes} classes they "
+                         f"must lie in 0 … {given.num_classes - 1}")
+    floats = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
+    if not np.isfinite(floats).all():
+        raise TrainError(f"{where} has images with numbers that are not finite; look for NaN or infinity in it")
+    return Split(floats, labels.astype(np.int32, copy=False))
+
+
+def run(config: Config, model, given: Dataset, mesh: Mesh):
+    """Traces all that will be computed, on shapes; nothing is compiled."""
+    network, devices = config.network, mesh.size
+    size, shape, name = len(given.train.labels), given.train.images.shape[1:], type(network).__name__
+    if getattr(network, "num_classes", given.num_classes) != given.num_classes:
+        raise TrainError(f"the network has {network.num_classes} classes, {given.name} has {given.num_classes}")
+    if config.batch_size % devices:
+        raise TrainError(f"batch_size is {config.batch_size}; it must be a multiple of the {devices} devices")
+    if config.batch_size > size:
+        raise TrainError(f"batch_size is {config.batch_size}; the train set has {size} images only")
+
+    images = jax.ShapeDtypeStruct((config.batch_size // devices, *shape), jnp.float32)
+    with _trying(f"the network {name} on images {list(images.shape)}"):
+        variables = jax.eval_shape(lambda x: model.network.init(jax.random.key(0), x, train=False), images)
+        if "params" not in variables:
+            raise TrainError(f"the network {name} has no parameters to train")
+        unknown = sorted(variables.keys() - {"params", "batch_stats"})
+        if unknown:
+            raise TrainError(f"the network {name} has variables {unknown[0]!r}; only params and batch_stats are kept")
+        logits = jax.eval_shape(lambda v, x: model.logits(v, x, train=False), variables, images)
+        expected = (images.shape[0], given.num_classes)
+        if getattr(logits, "shape", None) != expected or not jnp.issubdtype(logits.dtype, jnp.floating):
+            raise TrainError(f"the network {name} gives {_kind(logits)} for images {list(images.shape)}; expected float logits "
+                             f"{list(expected)}")
+    if config.augment:
+        with _trying(f"augment on images {list(images.shape)}"):
+            changed = jax.eval_shape(config.augment, jax.random.key(0), images)
+            if getattr(changed, "shape", None) != images.shape or not jnp.issubdtype(changed.dtype, jnp.floating):
+                raise TrainError(f"augment gives {_kind(changed)} for images {_kind(images)}; expected the same")
+    with _trying("learning_rate"):
+        _rates(config, size // config.batch_size)
+    with _trying("optimizer"):
+        optimiser = train.make_optimiser(config, 1)
+        if not isinstance(optimiser, optax.GradientTransformation):
+            raise TrainError(f"optimizer gives {optimiser!r:.100}; expected an optax transformation, as optax.adam does")
+    with _trying("a step of training"):
+        state = jax.eval_shape(lambda: train.new_state(config, model, shape))
+        step = train.step_function(config, model, size // config.batch_size, devices)
+        rows = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+        split = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in given.train]
+        new, _ = jax.eval_shape(train.mapped(step, "jit", mesh), state, *split, rows)
+        if jax.tree.map(_kind, new) != jax.tree.map(_kind, state):
+            raise TrainError("a step changes shapes or types of the state; let the network and the optimiser keep theirs")
+
+
+def _rates(config, steps):
+    """Rates are tried at up to a thousand moments of the run."""
+    moments = np.linspace(0, config.epochs, min(1000, config.epochs * steps + 1), dtype=np.float32)
+    rates = jax.eval_shape(lambda: train.rate(config, jnp.float32(0)))
+    if rates.shape != () or not jnp.issubdtype(rates.dtype, jnp.floating):
+        raise TrainError(f"learning_rate gives {_kind(rates)}; expected one number for an epoch")
+    rates = np.asarray(jax.jit(jax.vmap(lambda epoch: train.rate(config, epoch)))(moments))
+    wrong = ~(np.isfinite(rates) & (rates >= 0))
+    if wrong.any():
+        raise TrainError(f"learning_rate is {rates[wrong][0]} at epoch {moments[wrong][0]:g}; it must be finite and at least 0")
+    if not rates.any():
+        raise TrainError("learning_rate is 0 over all of the run, so that nothing would be learned")
+
+
+@contextlib.contextmanager
+def _trying(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (TrainError, ConfigError):
+        raise
+    except Exception as error:  # whatever a user's function raises
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        raise TrainError(f"{what} fails: {type(error).__name__}: {' '.join(lines)[:400]}") from error
+
+
+def _kind(value) -> str:
+    return f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else f"{value!r:.100}"
