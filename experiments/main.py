@@ -107,8 +107,9 @@ def work(options: argparse.Namespace):
     file = Path(options.config or QUICK).absolute()
     workdir = Path(options.workdir or Path("runs", "-".join([file.stem, *options.set]).replace(os.sep, "_")))
     source = {"file": str(file), "overrides": options.set}
+    given = config.load(options.config or QUICK, options.set)
     minutes = math.inf if options.minutes is None else options.minutes
-    result = train.train(config.load(options.config or QUICK, options.set), workdir, None, source, minutes, options.force_resume)
+    result = train.train(given, workdir, source=source, minutes=minutes, force=options.force_resume)
     if jax.process_index() == 0:
         report(result, workdir)
 
