@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import pdo_jax as pdo
-from experiments import config, datasets, main, saved, train
+from experiments import config, datasets, main, saved, train, workdir
 from experiments.baselines import MnistRotCNN
 from pdo_jax import fields, groups, kernels, operators, steerable, stencils
 
@@ -226,34 +226,55 @@ def depth(path: Path, layers: int, h: float = 0.2, size: int = 5) -> list[str]:
 # Trained networks
 
 
-def trained(path: Path, runs: Path, turns: int = 24, images: int = 500) -> list[str]:
+def trained(path: Path, runs: Path, images: int = 500) -> list[str]:
     """Accuracy and change of the logits of briefly trained networks; finished runs in the folder are used again."""
-    angles = np.linspace(0, 360, turns + 1)
     test = datasets.load("mnist_rot/subset").test
-    turned = [groups.transform(jnp.asarray(test.images[:images]), matrix) for matrix in full_turn(turns)]
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    rows = ["| network | parameters | test accuracy | over all angles | lowest | change of logits: 90° | 45° | mean |",
-            "|---" * 8 + "|"]
+    test, networks = datasets.Split(test.images[:images], test.labels[:images]), {}
     for number, (label, network) in enumerate(NETWORKS.items()):
         schedule = partial(config.warmup_cosine, 1e-2, 1, EPOCHS)
         setting = config.Config(network, validation=200, epochs=EPOCHS, batch_size=64, learning_rate=schedule, l2=1e-4,
                                 scan=False, eval_batch_size=200)
         result = train.train(setting, runs / str(number))
         _, model, variables, _, _ = saved.load(runs / str(number), setting)
+        networks[label] = result["parameters"], 100 - 100 * result["test_error"], model, variables
+    return against_angle(path, networks, test, "test")
+
+
+def of_runs(path: Path, runs: Sequence[Path]) -> list[str]:
+    """The same of trained runs, on their validation digits."""
+    networks = {}
+    for run in runs:
+        setting, model, variables, _, _ = saved.load(run)
+        split = train.load_data(setting).validation
+        if not len(split.labels):
+            raise workdir.TrainError(f"{run} has no validation digits; train with --set validation=2000")
+        size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+        networks[run.name] = size, 100 - 100 * workdir.read_json(run / "result.json")["validation_error"], model, variables
+    return against_angle(path, networks, split, "validation")
+
+
+def against_angle(path: Path, networks: Mapping, split: datasets.Split, name: str, turns: int = 24) -> list[str]:
+    """Rows for networks, label: (parameters, accuracy, model, variables), asked for the digits of a split at all angles."""
+    angles, (images, labels) = np.linspace(0, 360, turns + 1), split
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = [f"| network | parameters | {name} accuracy | over all angles | lowest | highest less lowest "
+            "| change of logits: 90° | 45° | mean |", "|---" * 9 + "|"]
+    for label, (parameters, at_rest, model, variables) in networks.items():
         logits = jax.jit(lambda x, model=model, variables=variables: model.logits(variables, x, train=False))
-        y = np.stack([logits(x) for x in turned])
+        parts = [slice(start, start + 500) for start in range(0, len(labels), 500)]
+        y = np.stack([np.concatenate([logits(groups.transform(jnp.asarray(images[part]), matrix)) for part in parts])
+                      for matrix in full_turn(turns)])
         change = np.array([relative(at_angle, y[0]) for at_angle in y])
-        accuracy = 100 * (y.argmax(-1) == test.labels[:images]).mean(1)
+        accuracy = 100 * (y.argmax(-1) == labels).mean(1)
         left.plot(angles, accuracy, label=label, marker=".")
         right.semilogy(angles, np.maximum(change, 1e-7), label=label, marker=".")
-        test_accuracy = 100 - 100 * result["test_error"]
-        rows.append(f"| {label} | {result['parameters']} | {test_accuracy:.1f} % | {accuracy.mean():.1f} % "
-                    f"| {accuracy.min():.1f} % | {change[turns // 4]:.1e} | {change[turns // 8]:.2f} | {change.mean():.2f} |")
+        rows.append(f"| {label} | {parameters} | {at_rest:.1f} % | {accuracy.mean():.2f} % | {accuracy.min():.2f} % "
+                    f"| {np.ptp(accuracy):.2f} | {change[turns // 4]:.1e} | {change[turns // 8]:.3f} | {change.mean():.3f} |")
     left.set(ylabel="correct, %", title="accuracy")
     right.set(ylabel="relative change of the logits (floor: 1e-7)", title="change of the output")
     for axes in (left, right):
-        axes.set(xlabel="further turn of the test digits, degrees", xticks=range(0, 361, 45))
+        axes.set(xlabel=f"further turn of the {name} digits, degrees", xticks=range(0, 361, 45))
         axes.grid(True, alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), ncols=4, fontsize=9, loc="outside lower center")
     figure.savefig(path, dpi=100)
@@ -326,9 +347,11 @@ def fitted_slope(h: Sequence[float], errors: Sequence[float]) -> float:
 def command(arguments: Sequence[str] | None = None):
     parser = argparse.ArgumentParser("python -m experiments.equivariance", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/equivariance"), help="the folder of figures, table and runs")
+    parser.add_argument("--runs", type=Path, nargs="+", metavar="RUN", help="only trained runs, on their validation digits")
     parser.add_argument("--quick", action="store_true", help="fewer grids and groups, and no trained networks: seconds")
     options = parser.parse_args(arguments)
-    print(run(options.out, options.quick))
+    options.out.mkdir(parents=True, exist_ok=True)
+    print("\n".join(of_runs(options.out / "runs.png", options.runs)) if options.runs else run(options.out, options.quick))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace):
 
 def compatible(options: argparse.Namespace):
     """Options that do not go together are refused, not ignored."""
-    asks = [name for name in ("evaluate", "predict", "pack", "unpack") if getattr(options, name)]
+    asks = [name for name in ("evaluate", "predict", "pack", "unpack", "export") if getattr(options, name)]
     training = {name: getattr(options, name) for name in ("minutes", "force_resume", "distributed")}
     of_processes = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id", "timeout")}
     if len(asks) > 1:
@@ -94,9 +94,11 @@ def work(options: argparse.Namespace):
         epoch = packing.unpack(file, folder)
         print(f"{folder}: a run after epoch {epoch}; --workdir {folder}, with the --config and --set of its beginning, goes on")
         return
-    if options.predict or options.evaluate:
+    if options.predict or options.evaluate or options.export:
         given = config.load(options.config, options.set) if options.config else None
-        if options.predict:
+        if options.export:
+            saved.export(*options.export, given)
+        elif options.predict:
             probabilities = saved.predict(options.workdir, options.predict, given)
             for label in probabilities.argsort()[::-1]:
                 print(f"class {label}: {probabilities[label]:.4f}")
@@ -156,6 +158,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--evaluate", type=Path, metavar="RUN", help="the test error of a workdir or of one checkpoint")
     parser.add_argument("--pack", type=Path, nargs=2, metavar=("RUN", "FILE"), help="the run in a file, to go on elsewhere")
     parser.add_argument("--unpack", type=Path, nargs=2, metavar=("FILE", "RUN"), help="the folder of a run from such a file")
+    parser.add_argument("--export", type=Path, nargs=2, metavar=("RUN", "FILE"), help="the network for pdo_jax.export.load")
     parser.add_argument("--predict", type=Path, metavar="IMAGE", help="class probabilities, from the run at --workdir")
     parser.add_argument("--distributed", action="store_true", help="one of several processes that train together")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; found by itself on TPU")

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from experiments import check, datasets, record, train
 from experiments.config import Config, ConfigError
 from experiments.workdir import TrainError, restore, saved_epochs
-from pdo_jax import architecture
+from pdo_jax import architecture, networks, weights
 
 PICTURES = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # formats whose readers run no other program
 LARGEST = 50_000_000  # pixels of a picture
@@ -50,10 +50,22 @@ def evaluate(path: str | Path, config: Config | None = None, data: datasets.Data
     there, here = run.about["record"]["data"], record.data_of(data)
     if there.get("test") != here["test"]:
         raise TrainError(f"the test set of {data.name} here is not that of the run {path}; bring back the data of the run")
+    return {"epoch": run.epoch, **test_error(run.config, run.model, run.variables, data)}
+
+
+def test_error(config: Config, model: train.Model, variables, data: datasets.Dataset) -> dict:
     mesh = Mesh(jax.devices(), ("data",))
-    evaluate_split = train.evaluation_program(run.config, run.model, data.num_classes, mesh)
-    confusion, loss = evaluate_split(train.place(mesh, run.variables), data.test)
-    return {"epoch": run.epoch, "test_error": train.error_rate(confusion), "test_loss": loss, "dataset": data.name}
+    evaluate_split = train.evaluation_program(config, model, data.num_classes, mesh)
+    confusion, loss = evaluate_split(train.place(mesh, variables), data.test)
+    return {"test_error": train.error_rate(confusion), "test_loss": loss, "dataset": data.name}
+
+
+def export(path: str | Path, file: str | Path, config: Config | None = None):
+    """Writes the network of a run or checkpoint, behind the normalisation of its images, for `pdo_jax.export.load`."""
+    run = load(path, config)
+    mean, deviation = (tuple(np.ravel(moment).tolist()) for moment in (run.model.mean, run.model.deviation))
+    network = networks.Normalised(run.config.network, mean, deviation)
+    weights.save(file, network, {name: {"network": tree} for name, tree in jax.device_get(run.variables).items()})
 
 
 def predict(path: str | Path, image: str | Path, config: Config | None = None) -> np.ndarray:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from test_train import ROOT, write_config
 
+import pdo_jax as pdo
 from experiments import main, saved
 
 
@@ -40,6 +41,11 @@ def test_the_command_line_trains_evaluates_and_predicts(tmp_path, capsys, monkey
         np.testing.assert_allclose(saved.predict(workdir, image), expected, rtol=1e-4)
         assert main.main(["--workdir", workdir, "--predict", image]) == 0
         assert f"class {expected.argmax()}: {expected.max():.4f}" in capsys.readouterr().out.splitlines()[0]
+
+    assert main.main(["--export", workdir, "small.safetensors"]) == 0
+    network, exported = pdo.export.load("small.safetensors")
+    logits = network.apply(exported, pixels[None, :, :, None] / np.float32(255))
+    np.testing.assert_allclose(jax.nn.softmax(logits)[0], expected, rtol=1e-4)
 
     Path("text.png").write_text("not an image")
     for arguments, message in [
