@@ -3,6 +3,7 @@
 Exit codes: 0 done; 2 refused or failed, with a line that says why and what to do; 128 + n ended by signal n.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -69,6 +70,8 @@ def install(words: str):
     Killing is safe at any moment, so nothing is tidied up: a thread that the signal wakes, also while the main one is in a
     compiler or on a device, says `words` and ends the process.
     """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # of errors that are raised as well, Orbax logs the stacks
+    threading.excepthook = sys.unraisablehook = lambda _: None
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

@@ -39,6 +39,7 @@ def run(options: argparse.Namespace):
     address = None
     if options.distributed:
         address = together.check(options.coordinator, options.num_processes, options.process_id, options.timeout)
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the loss of a process is told by `together`, in one line
     import jax  # here and not above: what the process settings set is read by the import
 
     if address:

@@ -85,6 +85,7 @@ def _gather(address, count, end):
             if wrong:
                 for peer in [*peers.values(), connection]:
                     _send(peer, {"error": f"process {other} {wrong}"})
+                    peer.close()
                 raise ValueError(f"process {other} {wrong}")
             peers[other] = connection
     for peer in peers.values():
@@ -96,16 +97,20 @@ def _connect(address, count, index, end):
     while True:
         try:
             connection = socket.create_connection(address, timeout=max(end - time.monotonic(), 0.001))
-            _send(connection, {"process": index, "of": count})
-            answer = _receive(connection, end)
-            break
         except (ConnectionError, socket.gaierror):  # process 0 does not listen yet
             if time.monotonic() > end - 0.2:
                 raise
             time.sleep(0.2)
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    return connection
+            continue
+        try:
+            _send(connection, {"process": index, "of": count})
+            answer = _receive(connection, end)
+            if "error" not in answer:
+                return connection
+            raise ValueError(answer["error"])
+        except (OSError, ValueError):
+            connection.close()
+            raise
 
 
 def _send(connection, message):

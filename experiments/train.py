@@ -109,7 +109,7 @@ def train(
             values = data.train.images
             inputs = {"shape": shape, "mean": model.mean.tolist(), "deviation": model.deviation.tolist(),
                       "range": [float(values.min()), float(values.max())], "own": own}
-            with writing(workdir / "config.json", 0):
+            with writing(workdir / "config.json", workdir):
                 write_json(workdir / "config.json", {"record": known, "input": inputs, "forced": forced, "source": source})
 
         state = place(mesh, initial_state(config, model, shape))
@@ -136,7 +136,7 @@ def train(
         if writes:
             variables = jax.device_get(state.variables)
             result["equivariance_error"] = equivariance_error(model, variables, data.test.images[:64])
-            with writing(workdir, config.epochs):
+            with writing(workdir, workdir):
                 result["figures"] = figures.draw(workdir / "figures", history, confusion, model.network, variables, shape)
                 result |= {"wall_seconds": time.perf_counter() - began, "scan": scan} | surroundings()
                 result |= {"forced": forced} if forced else {}
@@ -166,7 +166,7 @@ def run_epochs(config, workdir, state, done, mesh, train_epoch, evaluate, data, 
                 confusion, loss = evaluate(state.variables, data.validation)
                 metrics |= {"validation_loss": loss, "validation_error": error_rate(confusion)}
             history.append({"epoch": epoch, **metrics, "seconds": time.perf_counter() - epoch_began})
-            with writing(workdir, epoch - 1):
+            with writing(workdir, workdir):
                 manager.wait_until_finished()  # so that metrics.jsonl is never ahead of the checkpoints by more than a line
                 if writes:  # before the checkpoint, so that a run that resumes from it has all its lines
                     append_line(workdir / "metrics.jsonl", history[-1])
@@ -174,7 +174,7 @@ def run_epochs(config, workdir, state, done, mesh, train_epoch, evaluate, data, 
                 save(manager, epoch, place(mesh, jax.tree.map(np.array, state)))
             bar.set_postfix({name: f"{value:.4f}" for name, value in metrics.items() if name.endswith("error")})
             bar.update()
-        with writing(workdir / "checkpoints", len(history) - 1):
+        with writing(workdir / "checkpoints", workdir):
             manager.wait_until_finished()
     return state, history
 

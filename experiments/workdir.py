@@ -67,15 +67,16 @@ def _lock(workdir, stack):
 
 
 @contextlib.contextmanager
-def writing(what: Path, epoch: int) -> Iterator[None]:
-    """Turns what file systems and storage layers raise, on a full disk say, into one line; `epoch` has a checkpoint."""
+def writing(what: Path, workdir: Path) -> Iterator[None]:
+    """Turns what file systems and storage layers raise, on a full disk say, into one line."""
     try:
         yield
     except Exception as error:
         reason = _reason(error)
         if reason is None or isinstance(error, TrainError):
             raise
-        again = f"from epoch {epoch + 1}" if epoch else "from the beginning"
+        done = max(saved_epochs(workdir), default=0)
+        again = f"from the checkpoint of epoch {done}" if done else "from the beginning"
         raise TrainError(f"cannot write {what}: {reason}; once it can be written, the same command goes on {again}") from error
 
 
@@ -195,7 +196,7 @@ def read_history(workdir: Path, done: int, writes: bool) -> list[dict]:
         raise TrainError(f"{path} tells of {len(history)} epochs, but there is a checkpoint of epoch {done}: put it back, or "
                          "choose another --workdir")
     if writes and len(lines) > done:
-        with writing(path, done):
+        with writing(path, workdir):
             write_text(path, "".join(lines[:done]))
     return history
 

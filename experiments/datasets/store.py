@@ -3,8 +3,12 @@
 import contextlib
 import difflib
 import errno
+import fcntl
 import io
+import json
 import os
+import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +19,9 @@ from . import shapes3d
 from .sources import DataError
 
 SUBSET = Path(__file__).with_name("mnist_rot_subset.npz")
+PREPARING = ".preparing-"
+FEATURES = {f"tensorflow_datasets.core.features.{name}" for name in (
+    "features_dict.FeaturesDict", "tensor_feature.Tensor", "scalar.Scalar")}
 CLASSES = {
     "mnist_rot/subset": 10,
     "mnist_rot/official": 10,
@@ -65,7 +72,10 @@ def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None =
     elif name.startswith("shapes3d"):
         splits, note = shapes3d.generate(turned=name == "shapes3d/turned")
     else:
-        root = Path(data_dir or os.environ.get("PDO_DATA_DIR") or "~/.cache/pdo_jax").expanduser()
+        try:
+            root = Path(data_dir or os.environ.get("PDO_DATA_DIR") or "~/.cache/pdo_jax").expanduser()
+        except RuntimeError as error:
+            raise DataError(f"there is no home folder to keep data in ({error}); choose a folder with PDO_DATA_DIR") from error
         splits, note = _read(_prepared(name, root))
     train, test = _split(*splits["train"]), _split(*splits["test"])
     n = len(train.labels)
@@ -88,18 +98,16 @@ def _prepared(name: str, root: Path) -> Path:
         return target
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".preparing-", dir=root) as folder:
+        with _alone(root), tempfile.TemporaryDirectory(prefix=PREPARING, dir=root) as folder:
+            if target.exists():  # another process has made it meanwhile
+                return target
             build = builder(manual_dir=root / "manual", data_dir=folder, config=config or None)
             tfds.disable_progress_bar()  # ours are shorter; nor should the temporary folder be printed
             with contextlib.redirect_stdout(io.StringIO()):
                 build.download_and_prepare()
             _read(build.data_path)  # proves that all of it has reached the disk
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                Path(build.data_path).rename(target)
-            except OSError:
-                if not target.exists():  # else another process was faster, and its data set is as good
-                    raise
+            Path(build.data_path).rename(target)
     except DataError:
         raise
     except (OSError, RuntimeError) as error:  # the record writer reports a full disk as a RuntimeError
@@ -110,12 +118,29 @@ def _prepared(name: str, root: Path) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def _alone(root: Path):
+    """One process prepares at a time, so that what lies about of others is of killed ones, and can go."""
+    with (root / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that prepares data in {root}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        for left in root.glob(PREPARING + "*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
 def _read(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], str]:
     """The images and labels of each split as they were stored, and the note on their provenance."""
     import tensorflow_datasets as tfds
 
     splits = {}
     try:
+        features = json.loads((folder / "features.json").read_text())
+        if unknown := set(_classes(features)) - FEATURES:
+            raise ValueError(f"features.json names {sorted(map(str, unknown))[0]}, which no data set here has")
         builder = tfds.builder_from_directory(folder)
         for split in ("train", "test"):
             source = builder.as_data_source(split)
@@ -124,6 +149,18 @@ def _read(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], str]:
         return splits, builder.info.metadata["note"]
     except Exception as error:  # the reader's errors are of many kinds
         raise DataError(f"the data set in {folder} is damaged ({error}); delete that folder and try again") from error
+
+
+def _classes(features):
+    """The names of the classes that the reader would import and make."""
+    if isinstance(features, dict):
+        for key, value in features.items():
+            if key in ("type", "pythonClassName", "python_class_name"):
+                yield str(value)
+            yield from _classes(value)
+    elif isinstance(features, list):
+        for value in features:
+            yield from _classes(value)
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:
