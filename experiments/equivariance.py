@@ -249,7 +249,8 @@ def of_runs(path: Path, runs: Sequence[Path]) -> list[str]:
         if not len(split.labels):
             raise workdir.TrainError(f"{run} has no validation digits; train with --set validation=2000")
         size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-        networks[run.name] = size, 100 - 100 * workdir.read_json(run / "result.json", train.RESULT)["validation_error"], model, variables
+        error = workdir.read_json(run / "result.json", train.RESULT)["validation_error"]
+        networks[run.name] = size, 100 - 100 * error, model, variables
     return against_angle(path, networks, split, "validation")
 
 
