@@ -105,7 +105,8 @@ def work(options: argparse.Namespace):
                 print(f"class {label}: {probabilities[label]:.4f}")
         else:
             result = saved.evaluate(options.evaluate, given)
-            print("epoch {epoch}: test error {test_error:.2%} on {dataset}".format(**result))
+            epoch = f"epoch {result['epoch']}: " if result["epoch"] else ""
+            print("{}test error {test_error:.2%} on {dataset}".format(epoch, **result))
         return
     file = Path(options.config or QUICK).absolute()
     workdir = Path(options.workdir or Path("runs", "-".join([file.stem, *options.set]).replace(os.sep, "_")))
@@ -156,7 +157,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", type=Path, help="folder of the run, shared by all hosts; default: runs/<config>")
     parser.add_argument("--minutes", type=float, help="stop at the end of an epoch before so many minutes are over")
     parser.add_argument("--force-resume", action="store_true", help="go on though config, code, data or machine have changed")
-    parser.add_argument("--evaluate", type=Path, metavar="RUN", help="the test error of a workdir or of one checkpoint")
+    parser.add_argument("--evaluate", type=Path, metavar="RUN",
+                        help="the test error of a workdir, of one checkpoint in it, or of a network of PRETRAINED by its name")
     parser.add_argument("--pack", type=Path, nargs=2, metavar=("RUN", "FILE"), help="the run in a file, to go on elsewhere")
     parser.add_argument("--unpack", type=Path, nargs=2, metavar=("FILE", "RUN"), help="the folder of a run from such a file")
     parser.add_argument("--export", type=Path, nargs=2, metavar=("RUN", "FILE"), help="the network for pdo_jax.export.load")

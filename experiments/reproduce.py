@@ -36,6 +36,7 @@ class Row(NamedTuple):
 BFLOAT16 = ("dtype=bfloat16",)
 ROWS = {
     "mnist_rot_best": Row("mnist_rot_best", (), 5, "p12, order 2, Gaussian derivatives, SiLU, 40 epochs, bfloat16"),
+    "mnist_rot_best_relu": Row("mnist_rot_best_relu", (), 1, "the same with ReLU, wider Gaussians, a weaker L2"),
     "mnist_rot_h100_float32": Row("mnist_rot", (), 3, "p8, the paper's 200 epochs"),
     "mnist_rot_h100_bfloat16": Row("mnist_rot", BFLOAT16, 3, "the same in bfloat16"),
     "mnist_rot_bfloat16": Row("mnist_rot", BFLOAT16, 1, "the same on a CPU"),

@@ -38,10 +38,12 @@ class Run(NamedTuple):
 
 
 def evaluate(path: str | Path, config: Config | None = None, data: datasets.Dataset | None = None) -> dict:
-    """The test error of a run, after its last epoch or after that of a checkpoint; see `load`.
+    """The test error of a run, after its last epoch or after that of a checkpoint, see `load`; or of one of PRETRAINED.
 
     The test set must be the one of the run. `data` stands in for a data set that was handed to `train.train`.
     """
+    if str(path) in networks.PRETRAINED and not Path(path).exists():
+        return evaluate_pretrained(str(path))
     run = load(path, config)
     if data is None and run.about["input"]["own"]:
         raise TrainError(f"{path} was trained on arrays that were handed over, not on a data set with a name; hand them over "
@@ -51,6 +53,14 @@ def evaluate(path: str | Path, config: Config | None = None, data: datasets.Data
     if there.get("test") != here["test"]:
         raise TrainError(f"the test set of {data.name} here is not that of the run {path}; bring back the data of the run")
     return {"epoch": run.epoch, **test_error(run.config, run.model, run.variables, data)}
+
+
+def evaluate_pretrained(name: str) -> dict:
+    """The test error of a network of `pdo_jax.networks.PRETRAINED`."""
+    network, variables = networks.load_pretrained(name)
+    config = Config(network, dataset=networks.PRETRAINED[name].data)
+    model = train.Model(network, np.float32(0), np.float32(1))  # it normalises its images itself
+    return {"epoch": None, **test_error(config, model, variables, check.data(train.load_data(config)))}
 
 
 def test_error(config: Config, model: train.Model, variables, data: datasets.Dataset) -> dict:

@@ -1,14 +1,16 @@
 """Networks built from the layers of this library: the paper's (Shen, He, Lin, Ma, ICML 2020, Section 6), and better ones."""
 
+import difflib
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pdo_jax import groups, layers, stencils
+from pdo_jax import groups, layers, stencils, weights
 from pdo_jax.conv import GroupConv, LiftingConv
 
 
@@ -155,3 +157,41 @@ class Normalised(nn.Module):
 
     def __call__(self, x, train: bool = False):
         return self.network((x - jnp.asarray(self.mean)) / jnp.asarray(self.deviation), train)
+
+
+class Pretrained(NamedTuple):
+    """What is known of a trained network: its size, test error (a share), data set, and the licence of its weights."""
+
+    parameters: int
+    test_error: float
+    data: str
+    licence: str
+
+
+PRETRAINED = {
+    "mnist_rot_best": Pretrained(21_142, 0.01138, "mnist_rot/regenerated", "MIT"),
+}
+"""The trained networks by name; see ``docs/models.md``."""
+
+
+def load_pretrained(name: str):
+    """A trained network and its variables; the network takes images in [0, 1] as they are, [batch, *space, channels].
+
+    Args:
+      name: one of :data:`PRETRAINED`.
+
+    Returns:
+      (network, variables), the variables as numpy arrays.
+
+    Raises:
+      ValueError: an unknown name.
+
+    >>> network, variables = load_pretrained("mnist_rot_best")
+    >>> network.apply(variables, jnp.zeros([1, 28, 28, 1])).shape
+    (1, 10)
+    """
+    if name not in PRETRAINED:
+        near = difflib.get_close_matches(str(name), PRETRAINED, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "the names are " + ", ".join(PRETRAINED)
+        raise ValueError(f"no trained network {name!r}; {hint}")
+    return weights.load(Path(__file__).parent / "pretrained" / f"{name}.safetensors")
