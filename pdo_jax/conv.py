@@ -1,5 +1,6 @@
 """PDO-eConvs as Flax modules: equivariant convolutions made of partial differential operators."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -191,6 +192,11 @@ class _SteerableCoefficients:
         basis = self.basis if wanted is None else self.basis[:, :, np.array(wanted)]
         return jnp.einsum("kif,knoc->nicfo", w, jnp.asarray(basis, w.dtype))
 
+    @functools.partial(jax.jit, static_argnums=(0, 2, 3))
+    def transpose(self, c, shape, wanted=None):
+        basis = self.basis if wanted is None else self.basis[:, :, np.array(wanted)]
+        return jnp.einsum("nicfo,knoc->kif", c, jnp.asarray(basis, c.dtype))
+
 
 _steerable_coefficients = functools.lru_cache(maxsize=16)(_SteerableCoefficients)
 
@@ -199,9 +205,9 @@ def _apply(module, x, w, coefficients, **symmetry):
     """Convolves and adds the bias of a layer."""
     x, strides, padding = prepare(module, x, coefficients.stencils.ndim - 1)
     lowering.check_lowering(module.lowering, symmetry.get("turn"))
-    way = "dense" if module.is_initializing() else module.lowering  # the quickest to trace: only a shape is wanted
-    y = lowering.convolve(x, w, coefficients.stencils, coefficients.indices, strides=strides, padding=padding,
-                          coefficients=coefficients, lowering=way, **symmetry)
+    with lowering.portable() if module.is_initializing() else contextlib.nullcontext():  # only a shape is wanted: quick to trace
+        y = lowering.convolve(x, w, coefficients.stencils, coefficients.indices, strides=strides, padding=padding,
+                              coefficients=coefficients, lowering=module.lowering, **symmetry)
     if module.use_bias:
         y = y + module.param("bias", nn.initializers.zeros, (module.features,), module.param_dtype)[:, None].astype(x.dtype)
     return y

@@ -292,22 +292,32 @@ def _convolution(way, layer, x):
     symmetry = {} if isinstance(layer, PDOConv) else conv.symmetry(group, coefficients.bank, lifted)
     kernel = kernel.reshape(*kernel.shape[:-2], *x.shape[-2:], layer.features, -1)
     y = lowering.convolve(x, kernel, coefficients.stencils, coefficients.indices, strides=strides, padding=padding,
-                          coefficients=_Parts(coefficients), kernel=_flat, lowering=way, **symmetry)
+                          coefficients=_Parts(coefficients), lowering=way, **symmetry)
     return y + bias.reshape(layer.features, -1).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Parts:
+class _Parts(lowering.Given):
     """The coefficients of the operators in a plain kernel [k, …, k, channels, components, features, out components]."""
 
     layer: Callable
 
     def __call__(self, kernel, wanted=None):
+        inverse = self._inverse(kernel.dtype)
+        c = jnp.tensordot(inverse, kernel.reshape(inverse.shape[1], *kernel.shape[-4:]), 1)
+        return super().__call__(c, wanted)
+
+    def transpose(self, c, shape, wanted=None):
+        inverse = self._inverse(c.dtype)
+        c = super().transpose(c, (len(inverse), *shape[-4:]), wanted)
+        return jnp.tensordot(inverse.T, c, 1).reshape(shape)
+
+    def _inverse(self, dtype):
         stencils = self.layer.stencils
-        inverse = np.linalg.pinv(stencils.reshape(len(stencils), -1)).T  # of stencils that are independent
-        c = jnp.tensordot(jnp.asarray(inverse, kernel.dtype), kernel.reshape(inverse.shape[1], *kernel.shape[-4:]), 1)
-        return lowering.given(c, wanted)
+        return jnp.asarray(np.linalg.pinv(stencils.reshape(len(stencils), -1)).T, dtype)  # of stencils that are independent
 
+    def kernel(self, kernel):
+        return kernel.reshape(*kernel.shape[:-4], kernel.shape[-4] * kernel.shape[-3], -1)
 
-def _flat(kernel):
-    return kernel.reshape(*kernel.shape[:-4], kernel.shape[-4] * kernel.shape[-3], -1)
+    def kernel_transpose(self, kernel, shape):
+        return kernel.reshape(shape)

@@ -149,28 +149,32 @@ class Coefficients:
     def indices(self):
         return self.bank.indices
 
-    @functools.partial(jax.jit, static_argnums=(0, 2))  # traced once, though each platform's branch and its derivative call it
+    @functools.partial(jax.jit, static_argnums=(0, 2))
     def __call__(self, w, wanted: tuple[int, ...] | None = None):
-        wanted = np.arange(len(self.bank.turned)) if wanted is None else np.array(wanted)
-        turned = jnp.asarray(self.bank.turned[wanted], w.dtype)
+        turned, relative = self._turned(wanted, w.dtype)
         if self.group is None:
             return jnp.einsum("picf,apn->nicfa", w, turned)
         c = jnp.einsum("picf,apn->nifac", w, turned)  # c is the relative element
-        relative = tuple(map(tuple, self.group.table[self.group.inverse[wanted]].tolist()))
-        return _permuted(c.reshape(*c.shape[:3], -1), relative).reshape(c.shape).transpose(0, 1, 4, 2, 3)
+        return _permuted(c, relative).transpose(0, 1, 4, 2, 3)
+
+    @functools.partial(jax.jit, static_argnums=(0, 2, 3))
+    def transpose(self, c, shape: tuple[int, ...], wanted: tuple[int, ...] | None = None):
+        """The transpose, from coefficients to parameters of this shape: a permutation again, where JAX would scatter."""
+        turned, relative = self._turned(wanted, c.dtype)
+        if self.group is None:
+            return jnp.einsum("nicfa,apn->picf", c, turned)
+        return jnp.einsum("nifac,apn->picf", _permuted(c.transpose(0, 1, 3, 4, 2), np.argsort(relative, 1)), turned)
+
+    def _turned(self, wanted, dtype):
+        """[wanted, parameters, n], and for a group convolution [wanted, order], the relative elements A^{-1}C."""
+        wanted = np.arange(len(self.bank.turned)) if wanted is None else np.array(wanted)
+        relative = self.group and self.group.table[self.group.inverse[wanted]]
+        return jnp.asarray(self.bank.turned[wanted], dtype), relative
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _permuted(x, rows):
-    """x[…, (a, C)] -> x[…, (a, rows[a][C])]. A permutation, and so is its transpose: no scatter."""
-    return _take(x, np.array(rows))
-
-
-def _take(x, rows):
+    """x[…, a, c] -> x[…, a, rows[a, c]]"""
     if (rows == np.arange(rows.shape[1])).all():
         return x
     flat = np.arange(len(rows))[:, None] * rows.shape[1] + rows
-    return jnp.take(x, flat.reshape(-1), axis=-1, unique_indices=True)
-
-
-_permuted.defvjp(lambda x, rows: (_permuted(x, rows), None), lambda rows, _, g: (_take(g, np.argsort(rows, 1)),))
+    return jnp.take(x.reshape(*x.shape[:-2], -1), flat.reshape(-1), axis=-1, unique_indices=True).reshape(x.shape)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from pdo_jax.layout import on_platform, restore, view
+from pdo_jax.lowering.layout import on_platform, restore, view
 
 
 class GroupBatchNorm(nn.Module):

@@ -21,7 +21,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pdo_jax.layout import barrier, dot, few, hold, pad, restore, spanned, take, taps, thawed, view
+from pdo_jax.lowering.layout import (
+    around,
+    barrier,
+    dot,
+    few,
+    hold,
+    merge,
+    pad,
+    put,
+    restore,
+    spanned,
+    split,
+    take,
+    taps,
+    view,
+)
 
 SIGN = np.array([-1, 1], np.float32).reshape(-1, 1, 1, 1, 1)
 
@@ -54,14 +69,16 @@ class Band(NamedTuple):
     adjoint: Operand
 
 
-class Plan:
-    """The bands of a bank of stencils.
+class Fourier:
+    """A layer: the bands of its stencils.
 
     ``waves`` [frequencies · parts of the bands, N] is the Fourier transform of a field, ``inverse`` its inverse; rows of
     layers meet the frequencies ``held[0]`` of the input, those of adjoints ``held[1]`` of the cotangent."""
 
-    def __init__(self, stencils, indices, strides, padding, turn, span):
-        self.strides, self.padding, self.turn, self.size = strides, padding, turn, stencils.shape[1:]
+    def __init__(self, layer):
+        self.layer, self.strides, self.padding, self.turn = layer, layer.strides, layer.padding, layer.turn
+        stencils, indices, span, turn = layer.stencils, layer.indices, layer.span, layer.turn
+        self.wanted = tuple(orbit[0] for orbit in turn.target)
         order, reach = len(turn.target[0]), max(map(sum, indices))
         terms = [(a, r - a) for r in range(reach + 1) for a in range(r + 1)]
         mix = np.zeros((len(terms), len(indices)), complex)  # D^a D̄^b = Σ mix ∂^α
@@ -71,8 +88,7 @@ class Plan:
             row /= math.sqrt(2) ** (a + b)
         inverse, stencils = np.linalg.inv(mix), np.tensordot(mix, stencils, 1)
         middle, ends = range(1, (order + 1) // 2), range(0, order // 2 + 1, order // 2) if order % 2 == 0 else range(1)
-        starts = [orbit[0] for orbit in turn.target]
-        span = np.eye(len(indices)) if span is None else span[starts].reshape(-1, len(indices))
+        span = np.eye(len(indices)) if span is None else span[list(self.wanted)].reshape(-1, len(indices))
         self.bands = []
         for frequencies, parts in ((middle, 2), (ends, 1)):
             rows, adjoint_rows = [], []
@@ -99,6 +115,79 @@ class Plan:
                    for _, shift in row.terms for n in band.frequencies}
             self.held.append(range(min(met), max(met) + 1))
 
+    # The three functions of the form
+
+    def output(self, x, w):
+        base, dtype = self._base(w), x.dtype
+        spectrum = _spectrum(self.held[0], pad(self._orbits(x, self.turn.source).astype(jnp.float32), self.padding, (1, 1)))
+        y = [_product(_matrix(band.layer, base, dtype), self._operand(band, False, spectrum, dtype)) for band in self.bands]
+        return self._field(y, self.turn.target, dtype)
+
+    def input(self, w, g):
+        base, spectrum = self._base(w).swapaxes(1, 2), self._adjoint_spectrum(g)
+        dx = [_product(_matrix(band.adjoint, base, g.dtype), self._operand(band, True, spectrum, g.dtype))
+              for band in self.bands]
+        return self._field(dx, self.turn.source, g.dtype)
+
+    def weight(self, x, g):
+        spectrum, order, dbase = self._adjoint_spectrum(g), len(self.turn.target[0]), 0
+        z = barrier(_transform(self.waves, self._orbits(x, self.turn.source)))
+        for band in self.bands:
+            count = len(band.frequencies) * band.parts
+            mine, z = z[:count].astype(x.dtype), z[count:]
+            mine = merge(split(mine, 0, len(band.frequencies)), 1)  # [frequencies, parts · in, *space, batch]
+            points = tuple(range(2, mine.ndim))
+            blocks = jnp.concatenate([dot(u, mine, (points, points), ((0,), (0,)))
+                                      for u in self._operand(band, True, spectrum, x.dtype)], 1)
+            out, into = (len(orbits) * n for orbits, n in (
+                (self.turn.target, self.layer.outputs[0]), (self.turn.source, self.layer.inputs[0])))
+            blocks = blocks.reshape(*band.adjoint.constant.shape[:3:2], out, band.parts, into)
+            constant = jnp.asarray(band.adjoint.constant * band.parts / order, jnp.float32)
+            dbase += jnp.einsum("npra,nropi->aoi", constant, blocks)
+        return self._coefficients(dbase)
+
+    # The two sides of a layer as orbits, and back
+
+    def _orbits(self, x, orbits):
+        """[orbits, N, channels, *space, batch]"""
+        return split(take(hold(view(x)), np.array(orbits).reshape(-1), 0), 0, len(orbits))
+
+    def _field(self, bands, orbits, dtype):
+        """The inverse transform of arrays [frequencies, parts · orbits · channels, *space, batch], as a field."""
+        y = jnp.concatenate([merge(split(split(y, 1, band.parts), 2, len(orbits)))
+                             for band, y in zip(self.bands, bands, strict=True)])
+        y = dot(jnp.asarray(self.inverse, y.dtype), y, ((1,), (0,))).swapaxes(0, 1)
+        return restore(hold(put([merge(y).astype(dtype)], orbits, 0)))
+
+    def _base(self, w):
+        """[operators · N, orbits · features, orbits · channels], of the first component of each orbit of the output."""
+        source = np.array(self.turn.source)
+        base = take(self.layer.coefficients(w, self.wanted), source.reshape(-1), 2)
+        base = base.reshape(*base.shape[:2], *source.shape, *base.shape[3:]).transpose(0, 3, 5, 4, 2, 1)
+        return merge(merge(merge(base, 4), 2), 0)
+
+    def _coefficients(self, dbase):
+        """The adjoint of :meth:`_base`."""
+        layer, source = self.layer, np.array(self.turn.source)
+        base = dbase.reshape(-1, source.shape[1], len(self.wanted), layer.outputs[0], len(source), layer.inputs[0])
+        base = merge(base.transpose(0, 5, 4, 1, 3, 2), 2)  # [operators, channels, orbits · N, features, orbits]
+        return layer.pull_back(put([base], self.turn.source, 2), self.wanted)
+
+    def _adjoint_spectrum(self, g):
+        space = self.layer.space
+        edges = around(self.layer.size, space, g.shape[1:3], self.padding, self.strides)
+        return _spectrum(self.held[1], pad(self._orbits(g, self.turn.target).astype(jnp.float32), edges, self.strides))
+
+    def _operand(self, band, adjoint, spectrum, dtype):
+        """Stacks [frequencies, parts of some rows · channels, *space, batch]."""
+        rows, strides = (band.adjoint.rows, (1, 1)) if adjoint else (band.layer.rows, self.strides)
+        first, last = (n - self.held[adjoint][0] for n in (band.frequencies[0], band.frequencies[-1]))
+        stacks = []
+        for some in few(rows):
+            pieces = [_row(row, spectrum, range(first, last + 1, band.frequencies.step), strides) for row in some]
+            stacks.append(hold(jnp.concatenate([piece.astype(dtype) for piece in pieces], 1)))
+        return [merge(stack, 1) for stack in stacks]
+
 
 def _waves(order, frequencies, parts):
     """[frequencies · parts, N]: X_n = Σ_c x_c e^{-2πi n c / N}."""
@@ -116,98 +205,22 @@ def _operand_plan(order, frequencies, parts, rows, adjoint):
     return Operand(rows, np.stack(columns, 2))
 
 
-@functools.lru_cache(maxsize=256)
-def plan(stencils, indices, strides, padding, turn, span):
-    return Plan(thawed(stencils), indices, strides, padding, turn, span and thawed(span))
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def convolve(x, coefficients, plan):
-    source, target = (np.array(orbits) for orbits in (plan.turn.source, plan.turn.target))
-    x = take(hold(view(x)), source.reshape(-1), 0)
-    base = take(coefficients, source.reshape(-1), 2)  # [operators, channels, orbits · N, features, orbits]
-    base = base.reshape(*base.shape[:2], *source.shape, *base.shape[3:]).transpose(0, 3, 5, 4, 2, 1)
-    base = base.reshape(base.shape[0] * base.shape[1], base.shape[2] * base.shape[3], -1)
-    y = _layer(plan, x.reshape(*source.shape, *x.shape[1:]), base)
-    y = take(y.reshape(-1, *y.shape[2:]), np.argsort(target.reshape(-1)), 0)
-    return restore(hold(y))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _layer(plan, x, base):
-    return _forward(plan, x, base)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(plan, x, base):
-    """x [orbits, N, channels, *space, batch], base [operators · N, orbits · features, orbits · channels] -> y, like x."""
-    spectrum = _spectrum(plan.held[0], pad(x.astype(jnp.float32), plan.padding, (1, 1)))
-    y = [_product(_matrix(band.layer, base, x.dtype), _operand(plan, band, False, spectrum, x.dtype)) for band in plan.bands]
-    return _field(plan, y, len(plan.turn.target)).astype(x.dtype)
-
-
-def _layer_forward(plan, x, base):
-    return _forward(plan, x, base), (x, base)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _layer_backward(plan, residuals, dy):
-    x, base = residuals
-    around = [(k - 1 - low, n + low - (out - 1) * s - 1) for k, n, out, (low, _), s in zip(
-        plan.size, x.shape[3:5], dy.shape[3:5], plan.padding, plan.strides, strict=True)]
-    order, dx, dbase = x.shape[1], [], 0
-    spectrum = _spectrum(plan.held[1], pad(dy.astype(jnp.float32), around, plan.strides))
-    z = barrier(_transform(plan.waves, x))
-    for band in plan.bands:
-        operand = _operand(plan, band, True, spectrum, x.dtype)
-        dx.append(_product(_matrix(band.adjoint, base.swapaxes(1, 2), x.dtype), operand))
-        mine, z = z[:len(band.frequencies) * band.parts].astype(x.dtype), z[len(band.frequencies) * band.parts:]
-        mine = mine.reshape(len(band.frequencies), -1, math.prod(z.shape[2:]))  # [frequencies, parts · in, points]
-        blocks = jnp.concatenate([_batched(u, mine, 2) for u in operand], 1)  # [frequencies, parts of rows · out, parts · in]
-        blocks = blocks.reshape(*band.adjoint.constant.shape[:3:2], base.shape[1], -1, base.shape[2])
-        constant = jnp.asarray(band.adjoint.constant * band.parts / order, jnp.float32)
-        dbase += jnp.einsum("npra,nropi->aoi", constant, blocks)
-    return _field(plan, dx, x.shape[0]).astype(x.dtype), dbase.astype(base.dtype)
-
-
-_layer.defvjp(_layer_forward, _layer_backward)
-
-
 def _transform(waves, x):
     """[rows, N], [orbits, N, channels, *space, batch] -> float32 [rows, orbits · channels, *space, batch]."""
     y = dot(jnp.asarray(waves, jnp.float32), x.astype(jnp.float32), ((1,), (1,)))
-    return y.reshape(len(y), -1, *y.shape[3:])
+    return merge(y, 1)
 
 
 def _spectrum(held, x):
     """[frequencies, 2, orbits · channels, *space, batch]"""
-    y = _transform(_waves(x.shape[1], held, 2), x)
-    return hold(y.reshape(-1, 2, *y.shape[1:]))
-
-
-def _field(plan, bands, orbits):
-    """The inverse, of arrays [frequencies, parts · orbits · channels, *space, batch]."""
-    y = jnp.concatenate([y.reshape(len(band.frequencies) * band.parts, orbits, -1, *y.shape[2:])
-                         for band, y in zip(plan.bands, bands, strict=True)])
-    return dot(jnp.asarray(plan.inverse, y.dtype), y, ((1,), (0,))).swapaxes(0, 1)
+    return hold(split(_transform(_waves(x.shape[1], held, 2), x), 0, len(held)))
 
 
 def _matrix(operand, base, dtype):
     """[frequencies, parts · out, parts of rows · in]"""
     matrix = dot(jnp.asarray(operand.constant, base.dtype), base, ((3,), (0,)))  # [frequencies, parts, parts of rows, out, in]
     matrix = matrix.swapaxes(2, 3).astype(dtype)
-    return barrier(matrix.reshape(len(matrix), -1, matrix.shape[3] * matrix.shape[4]))
-
-
-def _operand(plan, band, adjoint, spectrum, dtype):
-    """Stacks [frequencies, parts of some rows · channels, *space, batch]."""
-    rows, strides = (band.adjoint.rows, (1, 1)) if adjoint else (band.layer.rows, plan.strides)
-    first, last = (n - plan.held[adjoint][0] for n in (band.frequencies[0], band.frequencies[-1]))
-    stacks = []
-    for some in few(rows):
-        pieces = [_row(row, spectrum, range(first, last + 1, band.frequencies.step), strides) for row in some]
-        stacks.append(hold(jnp.concatenate([piece.astype(dtype) for piece in pieces], 1)))
-    return [stack.reshape(len(stack), -1, *stack.shape[3:]) for stack in stacks]
+    return barrier(merge(merge(matrix, 3), 1))
 
 
 def _row(row, spectrum, frequencies, strides):
@@ -229,11 +242,5 @@ def _row(row, spectrum, frequencies, strides):
 def _product(matrix, operand):
     """[frequencies, parts · out, *space, batch] float32."""
     ends = np.cumsum([u.shape[1] for u in operand])
-    y = sum(_batched(matrix[:, :, end - u.shape[1]:end], u, 1) for u, end in zip(operand, ends, strict=True))
-    return y.reshape(*y.shape[:2], *operand[0].shape[2:])
-
-
-def _batched(a, b, axis):
-    """A matrix product for each frequency, over rows (axis 1) or points (axis 2)."""
-    a, b = (v.reshape(*v.shape[:2], -1) for v in (a, b))
-    return jax.lax.dot_general(a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    return sum(dot(matrix[:, :, end - u.shape[1]:end], u, ((2,), (1,)), ((0,), (0,)))
+               for u, end in zip(operand, ends, strict=True))

@@ -1,5 +1,7 @@
-"""The order of axes that matrix products want on a CPU, and what "matmul" and "fourier" share: array steps in it, and plans."""
+"""The order of axes that matrix products want on a CPU, and what the lowerings share: array steps in it, and plans."""
 
+import contextlib
+import contextvars
 import functools
 import math
 
@@ -8,25 +10,38 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
+_PORTABLE = contextvars.ContextVar("portable", default=False)
 
-def on_platform(cpu, default, cpu_alone=None):
-    """Functions that compute the same; the platform that a program is compiled for takes one, and its derivative.
 
-    Where nothing is differentiated a CPU takes ``cpu_alone``, by default ``cpu``."""
+@contextlib.contextmanager
+def portable():
+    """Programs traced inside are made of standard operations alone: what an exporter or a converter can read.
 
-    @jax.custom_vjp
-    def call(*arguments):
-        return jax.lax.platform_dependent(*arguments, cpu=cpu_alone or cpu, default=default)
+    Every layer is then an ordinary convolution ("dense"), whatever its ``lowering``; no program chooses by platform or fixes the
+    layout of an array in memory. A function that ``jax.jit`` has traced before is not traced again: give a fresh one.
 
-    def forward(*arguments):
-        return jax.lax.platform_dependent(*arguments, cpu=cpu, default=default), arguments
+    >>> import jax, pdo_jax as pdo
+    >>> layer = pdo.LiftingConv(2, pdo.groups.cyclic(4))
+    >>> variables = layer.init(jax.random.key(0), x := jax.numpy.ones([1, 8, 8, 1]))
+    >>> with portable():
+    ...     program = jax.make_jaxpr(layer.apply)(variables, x)
+    >>> "pdo_bilinear" in str(program)
+    False
+    """
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
 
-    def backward(arguments, cotangent):
-        cpu_pullback, default_pullback = (lambda a, g, f=f: jax.vjp(f, *a)[1](g) for f in (cpu, default))
-        return jax.lax.platform_dependent(arguments, cotangent, cpu=cpu_pullback, default=default_pullback)
 
-    call.defvjp(forward, backward)
-    return call
+def is_portable() -> bool:
+    return _PORTABLE.get()
+
+
+def on_platform(cpu, default):
+    """A function that computes ``cpu`` where a program is compiled for a CPU, elsewhere, and in :func:`portable`, ``default``."""
+    return default if is_portable() else functools.partial(jax.lax.platform_dependent, cpu=cpu, default=default)
 
 
 def frozen(array):
@@ -79,8 +94,34 @@ def take(x, index, axis):
     return jnp.take(x, index, axis=axis)
 
 
-def dot(a, b, contract):
-    return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+def put(parts, indices, axis):
+    """The transpose of taking ``indices``, one tuple for each part, where together they are all of the axis."""
+    order = np.argsort(np.concatenate([np.asarray(index) for index in indices]))
+    return take(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis), order, axis)
+
+
+def merge(x, axis=0):
+    """Two neighbouring axes as one. Space and batch are never merged: over a mesh the batch may be sharded."""
+    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2:])
+
+
+def split(x, axis, parts):
+    """An axis as two, of which the first has so many entries."""
+    return x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1:])
+
+
+def dot(a, b, contract, batch=((), ())):
+    """A matrix product that sums in float32."""
+    return jax.lax.dot_general(a, b, (contract, batch), preferred_element_type=jnp.float32, **replicated(a, contract[0]))
+
+
+def replicated(x, axes):
+    """The option of a product that sums over some axes of x: over a mesh of explicit axes that these are sharded over, its
+    result is whole on every device."""
+    sharding = jax.typeof(x).sharding
+    if all(sharding.spec[axis] is None for axis in axes):
+        return {}
+    return {"out_sharding": jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())}
 
 
 def pad(x, padding, strides):
@@ -113,3 +154,9 @@ def taps(x, stencil, axis, strides, *ranges):
             sums[size] = v, np.sign(weight)
     weighted = [(v, np.float32(sign * size)) for size, (v, sign) in sums.items()]
     return functools.reduce(jax.lax.add, [v if w == 1 else jax.lax.mul(v, w) for v, w in weighted])
+
+
+def around(size, space, outputs, padding, strides):
+    """The (before, after) zeros of the adjoint of a correlation with a kernel of ``size`` points along each axis."""
+    return [(size - 1 - low, n + low - (out - 1) * s - 1)
+            for n, out, (low, _), s in zip(space, outputs, padding, strides, strict=True)]

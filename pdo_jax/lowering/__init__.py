@@ -1,0 +1,232 @@
+"""Ways to run a PDO-eConv: plain arrays in, arrays out.
+
+A layer is given by the coefficients of its operators, for every pair of feature components, and by the stencils of the
+derivatives; the sum over n of coefficients[n] · stencils[n] is an ordinary convolution kernel (correlated with the input,
+as everywhere in deep learning). All lowerings compute that convolution:
+
+"dense"    expands the kernel and calls XLA's convolution. The reference for the others; best on GPU and TPU.
+"matmul"   never expands it. Operators on the input, stacked, meet matrices over the channels; those of high order, of which a
+           layer knows few, on the result instead where that is less to keep (:mod:`pdo_jax.lowering.matmul`). If the group holds the
+           point reflection z, sums and differences of the components C and zC meet only even or only odd operators, which
+           halves the products. Matrix products keep their speed in loops and in bfloat16 on a CPU; XLA's convolutions there
+           do not.
+"fourier"  in the plane, one matrix product for each angular frequency of the group's rotations (:mod:`pdo_jax.lowering.fourier`): the
+           work grows with the order of the group, that of the others with its square; more passes over memory, so for wide
+           layers.
+"auto"     "dense" on GPU and TPU and in float64; on a CPU "fourier" from the sizes in :data:`CROSSOVER` on, else "matmul".
+
+A layer is bilinear in its input and its parameters; a lowering is a class of the layer with three methods, the output and the
+two adjoints (:mod:`pdo_jax.lowering.bilinear`), so that all of them can be differentiated in both modes to any order.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pdo_jax.lowering import bilinear
+from pdo_jax.lowering.dense import Dense, expand
+from pdo_jax.lowering.fourier import Fourier
+from pdo_jax.lowering.layout import frozen, is_portable, on_platform, portable, put, take, thawed
+from pdo_jax.lowering.matmul import Matmul
+
+__all__ = ["LOWERINGS", "Fold", "Given", "Turn", "convolve", "expand", "portable"]
+LOWERINGS = ("auto", "dense", "matmul", "fourier")
+CROSSOVER = {2: (700, 560), 4: (370, 256)}
+"""Bytes of a number -> channels · components, geometric mean of input and output, from which "fourier" is faster on a CPU:
+forward alone, and forward and backward.
+
+Measured on 2 cores with AVX-512 and AMX, for maps of 8² and 16² points and N = 8, 12 and 24, of the second also 16. From 250
+to 360 in float32, and from 480 to 640 in bfloat16, map and group decide which of the two is faster, by about a tenth."""
+
+
+class Fold(NamedTuple):
+    """Pairs of components under the point reflection z: ``second[k] = z first[k]``.
+
+    ``source`` holds the (first, second) of the input, or is None where z leaves it unchanged (an image); ``target`` those
+    of the output.
+    """
+
+    source: tuple[tuple[int, ...], tuple[int, ...]] | None
+    target: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class Turn(NamedTuple):
+    """The orbits ``(c, rc, r²c, …)`` of the components under the rotation r of the plane by 2π / length, axis 0 towards axis 1.
+
+    ``source`` holds those of the input, or is None where r leaves it unchanged (an image; "fourier" then runs as "matmul"),
+    ``target`` those of the output.
+    """
+
+    source: tuple[tuple[int, ...], ...] | None
+    target: tuple[tuple[int, ...], ...]
+
+
+class Given:
+    """Coefficients that are given as they are: w itself.
+
+    Others are linear functions of w, hashable, with the same two methods; they may have ``kernel(w)`` and its transpose
+    ``kernel_transpose(kernel, shape)`` too, if they know the dense kernel better than :func:`expand` of the coefficients."""
+
+    def __call__(self, w, wanted=None):
+        """[operators, channels, components, features, out components], of those that are wanted: a tuple, or None for all."""
+        return w if wanted is None else take(w, wanted, -1)
+
+    def transpose(self, c, shape, wanted=None):
+        """The transpose, for a w of this shape."""
+        if wanted is None:
+            return c
+        rest = [k for k in range(shape[-1]) if k not in wanted]
+        return put([c, jnp.zeros((*shape[:-1], len(rest)), c.dtype)], [wanted, rest], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """All that a lowering needs to know of a layer, hashable; ``shape`` is [*space, channels, components] of its input."""
+
+    coefficients: Callable
+    frozen_stencils: tuple
+    indices: tuple
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    fold: Fold | None
+    turn: Turn | None
+    frozen_span: tuple | None
+    shape: tuple[int, ...]
+    weights: tuple[int, ...]
+    weight_dtype: Any
+
+    @functools.cached_property
+    def stencils(self):
+        return thawed(self.frozen_stencils)
+
+    @functools.cached_property
+    def span(self):
+        return self.frozen_span and thawed(self.frozen_span)
+
+    @property
+    def size(self):
+        return self.stencils.shape[1]
+
+    @property
+    def space(self):
+        return self.shape[:-2]
+
+    @property
+    def inputs(self):
+        """(channels, components)"""
+        return self.shape[-2:]
+
+    @functools.cached_property
+    def outputs(self):
+        """(features, out components)"""
+        return jax.eval_shape(self.coefficients, jax.ShapeDtypeStruct(self.weights, self.weight_dtype)).shape[-2:]
+
+    def kernel(self, w):
+        """[k, …, k, channels · components, features · out components]"""
+        if hasattr(self.coefficients, "kernel"):
+            return self.coefficients.kernel(w)
+        return expand(self.coefficients(w), self.stencils)
+
+    def pull_back(self, c, wanted=None):
+        """The adjoint of the coefficients."""
+        return self.coefficients.transpose(c, self.weights, wanted).astype(self.weight_dtype)
+
+    def pull_back_kernel(self, kernel):
+        """The adjoint of :meth:`kernel`."""
+        if hasattr(self.coefficients, "kernel"):
+            return self.coefficients.kernel_transpose(kernel, self.weights).astype(self.weight_dtype)
+        kernel = kernel.reshape(*kernel.shape[:-2], *self.inputs, *self.outputs).astype(jnp.float32)
+        space = tuple(range(len(self.strides)))
+        stencils = jnp.asarray(np.moveaxis(self.stencils, 0, -1), kernel.dtype)
+        return self.pull_back(jnp.tensordot(stencils, kernel, (space, space)))
+
+
+def convolve(x, w, stencils, indices, *, strides, padding, coefficients=None, lowering="auto", fold=None, turn=None,
+             span=None, dtype=None):
+    """Applies a PDO-eConv.
+
+    y[b, X, o, A] = Σ_n Σ_{i, C} coefficients[n, i, C, o, A] Σ_K stencils[n, K] x[b, strides · X + K - padding, i, C].
+
+    Args:
+      x: [batch, *space, channels, components].
+      w: [operators, channels, components, features, out components], or what ``coefficients`` makes these of.
+      stencils: numpy [operators, k, …, k], one axis for each of space.
+      indices: the multi-index of each operator.
+      strides: an int for each axis of space.
+      padding: (before, after) zeros for each axis of space.
+      coefficients: what makes the coefficients of w, as :class:`Given` (the default) does, and is hashable.
+      lowering: one of :data:`LOWERINGS`.
+      fold: pairs of components, if the layer is equivariant to the point reflection.
+      turn: orbits of components, if the layer is equivariant to a rotation of the plane.
+      span: numpy [out components, rows, operators]; the coefficients of each output component lie in the span of its rows,
+        by default all operators.
+      dtype: type of the operands, by default that of x; all but "dense" sum products in float32, also for float64.
+
+    Returns:
+      [batch, *space', features, out components], of type dtype.
+
+    Raises:
+      ValueError: a kernel larger than the padded input, an unknown lowering, or "fourier" for a layer without a ``turn``.
+    """
+    check_fit(stencils.shape[1], x.shape[1:-2], padding)
+    check_lowering(lowering, turn)
+    stencils, span = frozen(stencils), None if span is None else frozen(span)
+    layer = Layer(coefficients or Given(), stencils, tuple(indices), tuple(strides), tuple(map(tuple, padding)), fold, turn, span,
+                  x.shape[1:], w.shape, w.dtype)
+    x = x.astype(dtype or x.dtype)
+    if is_portable():
+        return Dense(layer).output(x, w)
+    return bilinear.apply(_form(lowering, layer, x.dtype), x, w)
+
+
+def check_lowering(lowering, turn):
+    """ValueError for an unknown lowering, and for "fourier" without a ``turn``."""
+    if lowering not in LOWERINGS:
+        raise ValueError(f"lowering must be one of {LOWERINGS}, got {lowering!r}")
+    if lowering == "fourier" and not turn:
+        raise ValueError('lowering "fourier" needs an orbit layer of a group of the plane; use "matmul", "dense" or "auto"')
+
+
+def check_fit(size, space, padding):
+    """ValueError for a kernel that is larger than the padded input."""
+    if any(s + sum(p) < size for s, p in zip(space, padding, strict=True)):
+        raise ValueError(f"a kernel of size {size} does not fit an input of shape {space} padded by {padding}")
+
+
+@functools.lru_cache(maxsize=512)
+def _form(name, layer, dtype):
+    """The three functions of a lowering."""
+    if name != "auto":
+        return _compiled(_way(name, layer))
+    alone, differentiated = on_cpu(math.sqrt(math.prod(layer.inputs) * math.prod(layer.outputs)), dtype, layer.turn)
+    default, cpu, alone = (_way(name, layer) for name in ("dense", differentiated, alone))
+    if cpu is default:
+        return _compiled(default)
+    output = jax.jit(on_platform(cpu.output, default.output))
+    return bilinear.Form(jax.jit(on_platform(cpu.input, default.input)), jax.jit(on_platform(cpu.weight, default.weight)),
+                         output, output if alone is cpu else jax.jit(on_platform(alone.output, default.output)))
+
+
+@functools.lru_cache(maxsize=512)
+def _way(name, layer):
+    if name == "fourier" and layer.turn.source is None:
+        name = "matmul"
+    return {"dense": Dense, "matmul": Matmul, "fourier": Fourier}[name](layer)
+
+
+def _compiled(way):
+    output = jax.jit(way.output)
+    return bilinear.Form(jax.jit(way.input), jax.jit(way.weight), output, output)
+
+
+def on_cpu(size, dtype, turn):
+    """What "auto" takes on a CPU for so many channels · components: forward alone, and where it is differentiated."""
+    if dtype.itemsize not in CROSSOVER:
+        return "dense", "dense"
+    return tuple("fourier" if size >= least and turn and turn.source else "matmul" for least in CROSSOVER[dtype.itemsize])
