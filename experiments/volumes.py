@@ -33,14 +33,14 @@ class VolumeNet(nn.Module):
         operators = dict(options, kernel_size=3, basis=2)
 
         def activate(x):
-            return nn.relu(pdo.GroupBatchNorm(axis_name=self.axis_name)(x, train))
+            return nn.relu(pdo.GroupBatchNorm(self.group, axis_name=self.axis_name)(x, train))
 
         first, second, third = self.widths
         x = pdo.LiftingConv(first, strides=2, **operators)(x)
-        x = pdo.GroupConv(second, **operators)(pdo.blur_pool(activate(x)))
+        x = pdo.GroupConv(second, **operators)(pdo.blur_pool(activate(x), self.group))
         x = pdo.GroupConv(third, padding="VALID", **operators)(activate(x))
         x = activate(pdo.GroupConv(self.head_features, kernel_size=1, **options)(activate(x)))
-        x = pdo.group_pool(x.astype(jnp.float32).mean((1, 2, 3)), "max")
+        x = pdo.group_pool(x.astype(jnp.float32).mean((1, 2, 3), keepdims=True), self.group, "max")
         return nn.Dense(self.num_classes)(x)
 
 

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pdo_jax import conv, lowering
 from pdo_jax._version import __version__
 from pdo_jax.conv import GroupConv, LiftingConv, PDOConv
+from pdo_jax.fields import group_of
 from pdo_jax.layers import GroupBatchNorm
 from pdo_jax.weights import load, save
 
@@ -275,7 +276,9 @@ def _run(way, call, args, kwargs, context):
     x = _norm_input(layer, args, kwargs)
     dtype = layer.dtype or x.dtype
     if layer.has_variable("params", "scale"):  # not merged
-        scale, bias = (layer.get_variable("params", name)[:, None] for name in ("scale", "bias"))
+        scale, bias = (layer.get_variable("params", name) for name in ("scale", "bias"))
+        if x.ndim > group_of(layer.group).dim + 2:
+            scale, bias = scale[:, None], bias[:, None]
         x = x.astype(jnp.float32) * scale + bias
     return x.astype(dtype)
 

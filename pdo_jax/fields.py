@@ -65,6 +65,12 @@ class Representation:
         first = linked.argmax(1)
         return tuple(np.flatnonzero(first == k) for k in np.unique(first))
 
+    @functools.cached_property
+    def parts(self) -> tuple["Representation", ...]:
+        """The representation of each block."""
+        return tuple(Representation(f"block {k} of {self.name}", self.group, self.matrices[:, block][:, :, block])
+                     for k, block in enumerate(self.blocks))
+
     def __eq__(self, other):
         return (isinstance(other, Representation) and self.group == other.group
                 and self.matrices.shape == other.matrices.shape
@@ -233,6 +239,43 @@ def restrict_regular(x, group: Group, subgroup: Group):
     cosets = group.table[members]  # [h, a] -> h a
     order = cosets[:, np.unique(cosets.min(0))].T
     return x[..., order].reshape(*x.shape[:-2], -1, len(members))
+
+
+def group_of(on: Group | Representation) -> Group:
+    """The group itself, or that of a representation. Raises ValueError for anything else."""
+    if isinstance(on, Representation):
+        return on.group
+    if isinstance(on, Group):
+        return on
+    raise ValueError(f"expected a Group, such as pdo_jax.groups.cyclic(8), or a Representation, got {on!r}")
+
+
+def field_axes(what: str, x, on: Group | Representation, *, scalars: bool = True, permuted: bool = False, remedy: str = "") -> bool:
+    """Whether x is a field [batch, *space, channels, d], and not one of scalars [batch, *space, channels].
+
+    A group stands for its regular representation.
+
+    Args:
+      what: the name of the layer or function, for messages.
+      x: an array.
+      on: what the field is of.
+      scalars: whether scalars are taken too.
+      permuted: whether the group must permute the values, and the ``remedy`` where it does not.
+
+    Raises:
+      ValueError: an x of any other shape, or a representation that mixes values.
+    """
+    group, size = group_of(on), on.dim if isinstance(on, Representation) else on.order
+    if permuted and isinstance(on, Representation) and not on.is_permutation:
+        raise ValueError(f"{what} acts on single values, which {on!r} mixes: it commutes only with a group that permutes them "
+                         f"(trivial, regular, quotient){remedy and ': ' + remedy}")
+    if x.ndim == group.dim + 3 and x.shape[-1] == size:
+        return True
+    if scalars and x.ndim == group.dim + 2:
+        return False
+    also = " or scalars [batch, *space, channels]" if scalars else ""
+    raise ValueError(f"{what} of {on!r} takes a field [batch, *space, channels, {size}]{also}, with {group.dim} axes of space, "
+                     f"got shape {x.shape}")
 
 
 def orthonormal_range(vectors: np.ndarray, rank: int) -> np.ndarray:

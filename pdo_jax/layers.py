@@ -1,4 +1,9 @@
-"""Layers between the convolutions: normalisation, dropout and pooling of fields [batch, *space, channels, group]."""
+"""Layers between the convolutions: normalisation, dropout and pooling of fields.
+
+Each is told what it acts on: a :class:`~pdo_jax.groups.Group`, for its regular fields [batch, *space, channels, order], or a
+:class:`~pdo_jax.fields.Representation`, for fields [batch, *space, channels, dim]. All but ``group_pool`` take scalars
+[batch, *space, channels] too, and reject any other shape.
+"""
 
 import functools
 import itertools
@@ -9,24 +14,40 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from pdo_jax.lowering.layout import on_platform, restore, view
+from pdo_jax.fields import Representation, field_axes, group_of
+from pdo_jax.groups import Group
+from pdo_jax.lowering.channels import inner, scale
+from pdo_jax.lowering.layout import arranged, on_platform, restore, view
 
 
 class GroupBatchNorm(nn.Module):
     """Batch normalisation with one mean, variance, scale and bias per channel, shared over batch, space and group.
 
     y = scale · (x - mean) / sqrt(variance + epsilon) + bias; sharing over the group makes it equivariant. Under ``jax.jit`` on
-    a sharded batch the statistics are those of the whole batch; under ``jax.pmap`` give ``axis_name``.
+    a sharded batch the statistics are those of the whole batch; under ``jax.pmap`` or ``jax.shard_map`` give ``axis_name``. The
+    variance is taken about a value of the data, so that a mean far larger than the spread costs no accuracy.
 
     Attributes:
+      group: what the field is of: a group, or a representation that permutes its values.
       momentum: of the running averages, kept in the collection "batch_stats".
       epsilon: added to the variance.
       axis_name: a mapped axis over which to average the statistics.
-      dtype: of the result, by default that of the input; statistics are float32.
+      dtype: of the result, by default that of the input (float32 for integers); parameters and running averages are float32.
 
-    Shapes: [batch, *space, channels, group] -> the same.
+    Shapes: [batch, *space, channels, group.order] or [batch, *space, channels] -> the same.
+
+    Raises:
+      ValueError: an input of another shape, or a representation that mixes values (use ``FieldBatchNorm``).
+
+    >>> import jax, pdo_jax as pdo
+    >>> norm = pdo.GroupBatchNorm(pdo.groups.cyclic(8))
+    >>> x = 300 + jax.random.normal(jax.random.key(0), [2, 9, 9, 5, 8])
+    >>> y, variables = norm.init_with_output(jax.random.key(1), x, train=True)
+    >>> abs(y.mean()) < 1e-3, abs(y.std() - 1) < 1e-3
+    (Array(True, dtype=bool), Array(True, dtype=bool))
     """
 
+    group: Group | Representation
     momentum: float = 0.9
     epsilon: float = 1e-5
     axis_name: str | None = None
@@ -34,149 +55,157 @@ class GroupBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
-        channels = x.shape[-2]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-        dtype = self.dtype or x.dtype
-        if not train:
-            factor = scale * jax.lax.rsqrt(var.value + self.epsilon)
-            return (x.astype(jnp.float32) * factor[:, None] + (bias - mean.value * factor)[:, None]).astype(dtype)
-        axis_name = None if self.is_initializing() else self.axis_name
-        y, batch_mean, batch_var = _batch_norm(x, scale, bias, self.epsilon, axis_name, jnp.dtype(dtype))
-        if not self.is_initializing():
-            mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
-            var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
-        return y
+        scalars = not field_axes("GroupBatchNorm", x, self.group, permuted=True, remedy="use nonlinearities.FieldBatchNorm")
+        x = floating(x[..., None] if scalars else x)
+        shape = x.shape[-2:-1]
+        factor = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        running = {"mean": self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32),
+                   "var": self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)}
+        wide, first, second = x.astype(jnp.promote_types(x.dtype, jnp.float32)), running["mean"].value, running["var"].value
+        if train:
+            wide, pivot, first, second = moments(wide, None if self.is_initializing() else self.axis_name)
+            update(self, running, {"mean": first + pivot, "var": second})
+        factor = factor.astype(wide.dtype) * jax.lax.rsqrt(second.astype(wide.dtype) + self.epsilon)
+        shift = bias.astype(wide.dtype) - first.astype(wide.dtype) * factor
+        y = arranged((scale(wide, factor) + scale(jnp.ones_like(wide), shift)).astype(self.dtype or x.dtype))
+        return y[..., 0] if scalars else y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _batch_norm(x, scale, bias, epsilon, axis_name, dtype):
-    """(y, mean, variance); derived by hand, since two passes over x are all that it needs in either direction."""
-    return _batch_norm_forward(x, scale, bias, epsilon, axis_name, dtype)[0]
+def moments(x, axis_name=None):
+    """(x - pivot, pivot, mean of x - pivot, variance), each [channels] but the first.
+
+    The pivot is the mean over one row of one component: any value near the data makes the difference of squares
+    E[(x - pivot)²] - E[x - pivot]² stable, and none changes its value, so that nothing is differentiated through it."""
+    row = jax.lax.slice_in_dim(x[..., :1], x.shape[1] // 2, x.shape[1] // 2 + 1, axis=1)
+    pivot = jax.lax.stop_gradient(mean(row, jnp.ones_like(row), axis_name))
+    x = x - scale(jnp.ones_like(x), pivot)
+    first = mean(x, jnp.ones_like(x), axis_name)
+    return x, pivot, first, jnp.maximum(mean(x, x, axis_name) - first * first, 0)
 
 
-def _batch_norm_forward(x, scale, bias, *options):
-    y, mean, var, inverse = _by_channel(_normalise, options, x, scale, bias)
-    return (y, mean, var), (x, scale, mean, inverse)
+def mean(x, y, axis_name):
+    """[channels]: the mean of x · y; 0 where there is nothing to average."""
+    result = inner(x, y) / max(x.size // x.shape[-2], 1)
+    return result if axis_name is None else jax.lax.pmean(result, axis_name)
 
 
-def _batch_norm_backward(epsilon, axis_name, dtype, residuals, cotangents):
-    x, scale, mean, inverse = residuals
-    return _by_channel(_normalise_adjoint, (axis_name,), x, cotangents[0], scale, mean, inverse)
+def update(module, running, batch):
+    """Moves running averages, by name, towards the values of a batch."""
+    if not module.is_initializing():
+        for name, variable in running.items():
+            value = module.momentum * variable.value + (1 - module.momentum) * batch[name].astype(variable.value.dtype)
+            variable.value = value
 
 
-def _normalise(options, view, restore, total, x, scale, bias):
-    (epsilon, axis_name, dtype), wide, count = options, view(x), x.size // x.shape[-2]
-    mean, square = total(wide) / count, total(wide * wide) / count
-    if axis_name is not None:
-        mean, square = jax.lax.pmean((mean, square), axis_name)
-    var = jnp.maximum(square - mean * mean, 0)
-    inverse = jax.lax.rsqrt(var + epsilon)
-    factor = scale * inverse
-    return restore((wide * factor[:, None] + (bias - mean * factor)[:, None]).astype(dtype)), mean, var, inverse
-
-
-def _normalise_adjoint(options, view, restore, total, x, dy, scale, mean, inverse):
-    wide, dy, count = view(x), view(dy), x.size // x.shape[-2]
-    dbias = total(dy)
-    dscale = (total(dy * wide) - mean * dbias) * inverse
-    m_bias, m_scale = dbias, dscale
-    if options[0] is not None:
-        m_bias, m_scale = jax.lax.pmean((dbias, dscale), options[0])
-    slope = scale * inverse * inverse * m_scale / count
-    constant = scale * inverse * m_bias / count - slope * mean
-    dx = (scale * inverse)[:, None] * dy - slope[:, None] * wide - constant[:, None]
-    return restore(dx.astype(x.dtype)), dscale, dbias
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _by_channel(function, options, x, *rest):
-    """``function`` with a float32 view of arrays like x, channels before the last axis, its inverse, and sums over all else.
-
-    On a CPU the view is [components, channels, all else] and the sum is one over components, which fuses with what it sums, and
-    then a matrix product; elsewhere the view is x."""
-    shape = view(x).shape
-    cpu = functools.partial(function, options, lambda a: view(a).reshape(*shape[:2], -1).astype(jnp.float32),
-                            lambda a: restore(a.reshape(shape)), lambda a: a.sum(0) @ jnp.ones(a.shape[2]))
-    default = functools.partial(function, options, lambda a: a.astype(jnp.float32), lambda a: a,
-                                lambda a: a.sum((*range(x.ndim - 2), x.ndim - 1)))
-    return jax.lax.platform_dependent(x, *rest, cpu=cpu, default=default)
-
-
-_batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+def floating(x):
+    """Whole numbers, and truth values, become float32."""
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
 
 
 class GroupDropout(nn.Module):
     """Dropout whose mask is shared over the group axis, and over space too if it drops whole ``channels``.
 
     Attributes:
-      rate: the probability to drop, 0 <= rate < 1. channels: drop whole channels, not single points.
+      rate: the probability to drop, 0 <= rate < 1.
+      group: what the field is of, a group or any representation.
+      channels: drop whole channels, not single points.
 
-    Shapes: [batch, *space, channels, group] -> the same. Needs the random stream "dropout" when training.
+    Shapes: [batch, *space, channels, group.order] or [batch, *space, channels] -> the same. Needs the random stream "dropout"
+    when training.
+
+    Raises:
+      ValueError: a rate outside [0, 1), or an input of another shape.
+
+    >>> import jax, pdo_jax as pdo
+    >>> layer = pdo.GroupDropout(0.5, pdo.groups.cyclic(4))
+    >>> layer.apply({}, jax.numpy.ones([1, 1, 1, 2, 4]), train=True, rngs={"dropout": jax.random.key(0)})[0, 0, 0]
+    Array([[2., 2., 2., 2.],
+           [0., 0., 0., 0.]], dtype=float32)
     """
 
     rate: float
+    group: Group | Representation
     channels: bool = False
 
     @nn.compact
     def __call__(self, x, train: bool):
         if not 0 <= self.rate < 1:
             raise ValueError(f"the rate of GroupDropout must lie in [0, 1), got {self.rate}")
+        scalars = not field_axes("GroupDropout", x, self.group)
         if not train or self.rate == 0:
             return x
+        x = floating(x[..., None] if scalars else x)
         batch, *space, channels, _ = x.shape
         space = [1] * len(space) if self.channels else space
         keep = min(max(round((1 - self.rate) * 2**16), 1), 2**16 - 1)  # to 16 bits
-        mask = jax.random.bits(self.make_rng("dropout"), (1, channels, *space, batch), jnp.uint16) < keep
-        return restore(jnp.where(mask, view(x) * np.float32(2**16 / keep).astype(x.dtype), 0))
+        mask = jax.random.bits(self.make_rng("dropout"), (1, channels, *space, batch), jnp.uint16) < np.uint16(keep)
+        y = restore(jnp.where(mask, view(x) * np.asarray(2**16 / keep, x.dtype), np.zeros((), x.dtype)))
+        return y[..., 0] if scalars else y
 
 
-def max_pool(x, window: int = 2, strides: int | None = None):
+def max_pool(x, group: Group | Representation, window: int = 2, strides: int | None = None):
     """Maximum over windows of space, aligned so that every transformation that maps the grid to itself is kept exactly.
 
     Windows must tile the axis symmetrically: where (size - window) is no multiple of the stride, the window grows by the
     remainder (2 becomes 3 on an odd axis). An even axis gives size / 2 outputs, an odd one (size - 1) / 2.
 
     Args:
-      x: [batch, *space, channels, group].
+      x: [batch, *space, channels, group.order] or [batch, *space, channels].
+      group: what the field is of: a group, or a representation that permutes its values.
       window: points along each axis.
       strides: by default the window.
 
     Raises:
-      ValueError: a window larger than an axis.
+      ValueError: an x of another shape, a window larger than an axis, or a representation that mixes values.
+
+    >>> import pdo_jax as pdo
+    >>> max_pool(jnp.zeros([2, 8, 8, 3, 8]), pdo.groups.cyclic(8)).shape
+    (2, 4, 4, 3, 8)
     """
-    return _max_pool(x, window, strides)
+    scalars = not field_axes("max_pool", x, group, permuted=True, remedy="use mean_pool or blur_pool")
+    window, strides = _window(x, group, window, strides)
+    y = _max_pool(x[..., None] if scalars else x, window, strides)
+    return y[..., 0] if scalars else y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _max_pool(x, window, strides):
     return _in_view(lambda x, first: functools.reduce(jnp.maximum, _windows(x, window, strides, first)), x)
 
 
-def _max_pool_forward(x, window, strides):
-    y = _max_pool(x, window, strides)
-    return y, (x, y)
-
-
-def _max_pool_backward(window, strides, residuals, dy):
+@_max_pool.defjvp
+def _max_pool_jvp(window, strides, primals, tangents):
     """Equal shares to all points of a window that attain the maximum, so that the gradient is equivariant at ties too."""
-
-    def gradient(x, y, dy, first):
-        views, back = jax.vjp(lambda x: _windows(x, window, strides, first), x)
-        hits = [v == y for v in views]
-        share = dy / functools.reduce(jnp.add, [h.astype(dy.dtype) for h in hits])
-        if len(hits) == window ** (x.ndim - 3) and strides in (None, window):  # windows tile x: compare with y spread over them
-            for axis in range(first, first + x.ndim - 3):
-                y, share = (_spread(a, window, axis) for a in (y, share))
-            return jnp.where(x == y, share, 0)
-        return back([jnp.where(h, share, 0) for h in hits])[0]
-
-    return (_in_view(gradient, *residuals, dy),)
+    (x,), (dx,) = primals, tangents
+    y = _max_pool(x, window, strides)
+    if strides == window and all(size % window == 0 for size in x.shape[1:-2]):
+        share = jax.lax.stop_gradient(_in_view(lambda x, y, first: _shares(x, y, window, first), x, y))
+        return y, _in_view(lambda t, first: _sums(t, window, first), dx * share)
+    hits, share = _hits(jax.lax.stop_gradient(x), jax.lax.stop_gradient(y), window, strides, 1)
+    return y, functools.reduce(jnp.add, [v * jnp.where(h, share, jnp.zeros_like(share)) for v, h in zip(
+        _windows(dx, window, strides, 1), hits, strict=True)])
 
 
-_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+def _hits(x, y, window, strides, first):
+    """For each point of the windows whether it attains the maximum, and the reciprocal of the number of those that do."""
+    hits = [v == y for v in _windows(x, window, strides, first)]
+    return hits, 1 / functools.reduce(jnp.add, [h.astype(y.dtype) for h in hits])
+
+
+def _shares(x, y, window, first):
+    """The part of its window's tangent that each point of x passes on, for windows that tile x."""
+    share = _hits(x, y, window, window, first)[1]
+    for axis in range(first, first + x.ndim - 3):
+        y, share = (_spread(a, window, axis) for a in (y, share))
+    return jnp.where(x == y, share, jnp.zeros_like(share))
+
+
+def _sums(x, window, first):
+    """Sums over windows that tile x."""
+    axes = range(first, first + x.ndim - 3)
+    shape = [n for axis, size in enumerate(x.shape) for n in ((size // window, window) if axis in axes else (size,))]
+    return x.reshape(shape).sum([2 * axis - first + 1 for axis in axes], dtype=x.dtype)
 
 
 def _spread(x, window, axis):
@@ -191,59 +220,81 @@ def _in_view(function, *fields):
     return on_platform(cpu, lambda *fields: function(*fields, 1))(*fields)
 
 
-def mean_pool(x, window: int = 2, strides: int | None = None):
-    """Mean over windows of space; arguments and alignment as for :func:`max_pool`."""
+def mean_pool(x, group: Group | Representation, window: int = 2, strides: int | None = None):
+    """Mean over windows of space, summed in float32; arguments and alignment as for :func:`max_pool`, for any representation."""
+    scalars = not field_axes("mean_pool", x, group)
+    window, strides = _window(x, group, window, strides)
+    x = floating(x[..., None] if scalars else x)
 
     def mean(x, first):
-        views = _windows(x, window, strides, first)
-        return functools.reduce(jnp.add, views) / len(views)
+        views = _windows(x.astype(jnp.promote_types(x.dtype, jnp.float32)), window, strides, first)
+        return (functools.reduce(jnp.add, views) / len(views)).astype(x.dtype)
 
-    return _in_view(mean, x)
+    y = _in_view(mean, x)
+    return y[..., 0] if scalars else y
 
 
-def blur_pool(x):
+def blur_pool(x, group: Group | Representation):
     """Halves the resolution behind a binomial blur (Zhang, ICML 2019), which damps what the coarser grid cannot carry.
 
     The blur is [1 3 3 1] / 8 on even axes and [1 2 1] / 4 on odd ones, so that it stays symmetric; the weights are divided by
-    their sum inside the array, so that constants stay.
+    their sum inside the array, so that constants stay. Sums are in float32.
 
     Args:
-      x: [batch, *space, channels, group].
+      x: [batch, *space, channels, group.order] or [batch, *space, channels].
+      group: what the field is of, a group or any representation.
 
     Returns:
-      [batch, *ceil(space / 2), channels, group].
+      [batch, *ceil(space / 2), …], the rest as in x.
+
+    Raises:
+      ValueError: an x of another shape.
     """
-    for axis in range(1, x.ndim - 2):
+    field_axes("blur_pool", x, group)
+    x = floating(x)
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    for axis in range(1, 1 + group_of(group).dim):
         size = x.shape[axis]
         taps = np.array([1, 3, 3, 1] if size % 2 == 0 else [1, 2, 1])
         inside = np.convolve(np.ones(size), taps)[len(taps) - 2:][: size:2][: -(-size // 2)]
-        x = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)])
-        views = [jax.lax.slice_in_dim(x, k, k + 2 * (len(inside) - 1) + 1, 2, axis) * int(t) for k, t in enumerate(taps)]
+        y = jnp.pad(y, [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)])
+        views = [jax.lax.slice_in_dim(y, k, k + 2 * (len(inside) - 1) + 1, 2, axis) * int(t) for k, t in enumerate(taps)]
         shape = [-1 if i == axis else 1 for i in range(x.ndim)]
-        x = functools.reduce(jnp.add, views) / jnp.asarray(inside.reshape(shape), x.dtype)
-    return x
+        y = functools.reduce(jnp.add, views) / jnp.asarray(inside.reshape(shape), y.dtype)
+    return y.astype(x.dtype)
 
 
-def group_pool(x, reduce: str = "mean"):
+def group_pool(x, group: Group | Representation, reduce: str = "mean"):
     """Mean or maximum over the group: a regular field becomes a scalar one, [batch, *space, channels].
 
+    Args:
+      x: [batch, *space, channels, group.order].
+      group: what the field is of: a group, or a representation that permutes its values.
+
     Raises:
-      ValueError: ``reduce`` is neither "mean" nor "max".
+      ValueError: an x of another shape, a representation that mixes values, or ``reduce`` neither "mean" nor "max".
     """
     if reduce not in ("mean", "max"):
         raise ValueError(f'reduce must be "mean" or "max", got {reduce!r}')
-    return x.mean(-1) if reduce == "mean" else x.max(-1)
+    field_axes("group_pool", x, group, permuted=True, scalars=False)
+    return floating(x).mean(-1) if reduce == "mean" else x.max(-1)
+
+
+def _window(x, group, window, strides):
+    """Window and strides as ints, known to fit."""
+    strides, space = window if strides is None else strides, x.shape[1:1 + group_of(group).dim]
+    for name, value in (("window", window), ("strides", strides)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name} of a pool must be an int >= 1, got {value!r}")
+    if min(space) < window:
+        raise ValueError(f"a pooling window of {window} does not fit a field with {space} points")
+    return int(window), int(strides)
 
 
 def _windows(x, window, strides, first):
     """The strided views of x, whose axes of space start at ``first``: their k-th entries are the points of window k."""
-    strides = window if strides is None else strides
-    if window < 1 or strides < 1:
-        raise ValueError(f"window and strides must be positive, got {window} and {strides}")
     axes = slice(first, first + x.ndim - 3)
     space = x.shape[axes]
-    if min(space) < window:
-        raise ValueError(f"a pooling window of {window} does not fit a field with {space} points")
     reach = [window + (size - window) % strides for size in space]
     step = np.ones(x.ndim, int)
     step[axes] = strides

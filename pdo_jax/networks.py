@@ -57,15 +57,15 @@ class MnistRotNet(nn.Module):
         x = x.astype(self.dtype)
         for layer in range(1, 7):
             x = (LiftingConv if layer == 1 else GroupConv)(**conv, name=f"conv{layer}")(x)
-            x = self.activation(layers.GroupBatchNorm(axis_name=self.axis_name, name=f"norm{layer}")(x, train))
+            x = self.activation(layers.GroupBatchNorm(self.group, axis_name=self.axis_name, name=f"norm{layer}")(x, train))
             if layer == 2:
-                x = layers.max_pool(x)
+                x = layers.max_pool(x, self.group)
             else:
-                x = layers.GroupDropout(self.dropout)(x, train)
+                x = layers.GroupDropout(self.dropout, self.group)(x, train)
         if self.head == "invariant":
             x = GroupConv(self.head_features, kernel_size=1, **options, name="head_conv")(x)
-            x = self.activation(layers.GroupBatchNorm(axis_name=self.axis_name, name="head_norm")(x, train))
-            x = layers.group_pool(x.astype(jnp.float32).mean((1, 2)), "max")
+            x = self.activation(layers.GroupBatchNorm(self.group, axis_name=self.axis_name, name="head_norm")(x, train))
+            x = layers.group_pool(x.astype(jnp.float32).mean((1, 2), keepdims=True), self.group, "max")
         x = x.reshape(x.shape[0], -1).astype(jnp.float32)
         return nn.Dense(self.num_classes, use_bias=self.head != "paper", name="head")(x)
 
@@ -111,7 +111,7 @@ class ResNet(nn.Module):
         conv = functools.partial(GroupConv, kernel_size=self.kernel_size, basis=self.basis, frame=self.frame, **options)
 
         def activate(x):
-            return nn.relu(layers.GroupBatchNorm(axis_name=self.axis_name)(x, train))
+            return nn.relu(layers.GroupBatchNorm(self.group, axis_name=self.axis_name)(x, train))
 
         x = LiftingConv(self.widths[0], kernel_size=self.kernel_size, basis=self.basis, frame=self.frame, **options)(
             x.astype(self.dtype))
@@ -120,14 +120,14 @@ class ResNet(nn.Module):
                 down = 2 if stage and block == 0 else 1
                 y, strides = activate(x), down
                 if down == 2 and self.downsample == "pool":
-                    x, y, strides = layers.mean_pool(x), layers.mean_pool(y), 1
+                    x, y, strides = layers.mean_pool(x, self.group), layers.mean_pool(y, self.group), 1
                 if x.shape[-2] != width or strides != 1:
                     x = GroupConv(width, kernel_size=1, strides=strides, **options)(x)
                 y = conv(width, strides=strides)(y)
                 x = x + conv(width)(activate(y))
-        x = activate(x).astype(jnp.float32).mean(range(1, 1 + self.group.dim))
-        x = layers.group_pool(x) if self.invariant else x.reshape(x.shape[0], -1)
-        return nn.Dense(self.num_classes, name="head")(x)
+        x = activate(x).astype(jnp.float32).mean(tuple(range(1, 1 + self.group.dim)), keepdims=True)
+        x = layers.group_pool(x, self.group) if self.invariant else x
+        return nn.Dense(self.num_classes, name="head")(x.reshape(x.shape[0], -1))
 
 
 PAPER = {

@@ -5,6 +5,7 @@ scaled by an invariant: the length of each part (norm ReLU), a learned scalar (g
 are the representation's ``blocks``, for a direct sum of irreducible representations exactly these.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from pdo_jax.fields import Representation, direct_sum, permutes, trivial
-from pdo_jax.layers import GroupBatchNorm
+from pdo_jax.fields import Representation, direct_sum, field_axes, trivial
+from pdo_jax.layers import GroupBatchNorm, floating, mean, update
+from pdo_jax.lowering.channels import along, scale
 
 
 def pointwise(rep: Representation, fn: Callable = nn.relu) -> Callable:
@@ -58,11 +60,11 @@ class FieldBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
-        _check("FieldBatchNorm", self.rep, x, self.rep.dim)
+        _check("FieldBatchNorm", self.rep, x)
         options = dict(momentum=self.momentum, epsilon=self.epsilon, axis_name=self.axis_name, dtype=self.dtype)
         parts = []
-        for k, (part, permuted) in enumerate(_split(self.rep, x)):
-            norm = GroupBatchNorm if permuted else _LengthNorm
+        for k, (part, rep) in enumerate(_split(self.rep, x)):
+            norm = functools.partial(GroupBatchNorm, rep) if rep.is_permutation else _LengthNorm
             parts.append(norm(**options, name=f"block_{k}")(part, train))
         return _joined(self.rep, parts)
 
@@ -70,13 +72,14 @@ class FieldBatchNorm(nn.Module):
 class NormNonlinearity(nn.Module):
     """Shortens every part of a field by a learned amount: y = ReLU(|x| + b) x / |x|, with |x|² = Σ x² + epsilon.
 
-    Blocks that are permuted take the stronger y = ReLU(x + b). There is one bias for each channel and block; at b = 0 the other
-    blocks would pass unchanged, so it starts below (Worrall et al., Harmonic Networks, CVPR 2017, start at 0).
+    Blocks that are permuted take the stronger y = ReLU(x + b). There is one bias for each channel and block. It starts at 0, as
+    in Worrall et al., Harmonic Networks, CVPR 2017: the other blocks then pass unchanged, and a field of any size can learn;
+    below 0 a field shorter than -b would be lost, and the gradient of b with it.
 
     Attributes:
       rep: an orthogonal representation.
       epsilon: keeps the gradient finite where a field vanishes.
-      bias_init: by default -0.1.
+      bias_init: by default 0.
 
     Shapes: [batch, *space, channels, rep.dim] -> the same; computed in float32, returned in the input's dtype.
 
@@ -92,19 +95,20 @@ class NormNonlinearity(nn.Module):
 
     rep: Representation
     epsilon: float = 1e-5
-    bias_init: Callable = nn.initializers.constant(-0.1)
+    bias_init: Callable = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x):
-        _check("NormNonlinearity", self.rep, x, self.rep.dim)
+        _check("NormNonlinearity", self.rep, x)
         bias = self.param("bias", self.bias_init, (x.shape[-2], len(self.rep.blocks)), jnp.float32)
-        parts = []
-        for k, (part, permuted) in enumerate(_split(self.rep, x.astype(jnp.promote_types(x.dtype, jnp.float32)))):
-            if permuted:
-                parts.append(nn.relu(part + bias[:, k, None]))
+        parts, x = [], floating(x)
+        for k, (part, rep) in enumerate(_split(self.rep, x.astype(jnp.promote_types(x.dtype, jnp.float32)))):
+            b = along(bias[:, k].astype(part.dtype), part)
+            if rep.is_permutation:
+                parts.append(nn.relu(part + b))
             else:
                 length = jnp.sqrt((part ** 2).sum(-1, keepdims=True) + self.epsilon)
-                parts.append(nn.relu(length + bias[:, k, None]) / length * part)
+                parts.append(nn.relu(length + b) / length * part)
         return _joined(self.rep, parts).astype(x.dtype)
 
 
@@ -131,7 +135,7 @@ class GatedNonlinearity(nn.Module):
         return direct_sum([self.rep] + [trivial(self.rep.group)] * len(self.rep.blocks))
 
     def __call__(self, x):
-        _check("GatedNonlinearity", self.rep, x, self.rep.dim + len(self.rep.blocks), orthogonal=False)
+        field_axes("GatedNonlinearity", x, self.in_rep, scalars=False)
         gates = jax.nn.sigmoid(x[..., self.rep.dim:])
         return _joined(self.rep, [part * gates[..., k, None] for k, (part, _) in enumerate(_split(self.rep, x))])
 
@@ -146,24 +150,22 @@ class _LengthNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        dtype = self.dtype or x.dtype
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        running = self.variable("batch_stats", "square", jnp.ones, x.shape[-2:-1], jnp.float32)
-        scale = self.param("scale", nn.initializers.ones, x.shape[-2:-1], jnp.float32)
-        square = running.value
+        x = floating(x)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        running = {"square": self.variable("batch_stats", "square", jnp.ones, x.shape[-2:-1], jnp.float32)}
+        factor = self.param("scale", nn.initializers.ones, x.shape[-2:-1], jnp.float32).astype(wide.dtype)
+        square = running["square"].value.astype(wide.dtype)
         if train:
-            square = (x ** 2).mean((*range(x.ndim - 2), x.ndim - 1))
-            if not self.is_initializing():
-                square = jax.lax.pmean(square, self.axis_name) if self.axis_name else square
-                running.value = self.momentum * running.value + (1 - self.momentum) * square
-        return (x * (scale * jax.lax.rsqrt(square + self.epsilon))[:, None]).astype(dtype)
+            square = mean(wide, wide, None if self.is_initializing() else self.axis_name)
+            update(self, running, {"square": square})
+        return scale(wide, factor * jax.lax.rsqrt(square + self.epsilon)).astype(self.dtype or x.dtype)
 
 
 def _split(rep, x):
-    """The values of each block, and whether they are permuted."""
-    for block in rep.blocks:
+    """The values of each block, and their representation."""
+    for block, part in zip(rep.blocks, rep.parts, strict=True):
         together = block[-1] - block[0] == len(block) - 1
-        yield x[..., slice(block[0], block[-1] + 1) if together else block], permutes(rep.matrices[:, block][:, :, block])
+        yield x[..., slice(block[0], block[-1] + 1) if together else block], part
 
 
 def _joined(rep, parts):
@@ -173,9 +175,7 @@ def _joined(rep, parts):
     return y if (np.diff(order) > 0).all() else y[..., np.argsort(order)]
 
 
-def _check(what, rep, x, size, orthogonal=True):
-    if x.ndim != rep.group.dim + 3 or x.shape[-1] != size:
-        raise ValueError(f"{what} of {rep!r} takes [batch, *space, channels, {size}] with {rep.group.dim} axes of space, "
-                         f"got shape {x.shape}")
-    if orthogonal and not rep.is_orthogonal:
+def _check(what, rep, x):
+    field_axes(what, x, rep, scalars=False)
+    if not rep.is_orthogonal:
         raise ValueError(f"{what} measures lengths, which {rep!r} does not keep: change its basis to make it orthogonal")

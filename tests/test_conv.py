@@ -133,8 +133,8 @@ class Tiny(nn.Module):
         basis = "paper" if self.group.dim < 3 else 1
         conv = functools.partial(pdo.GroupConv, 2, self.group, kernel_size=self.kernel_size, basis=basis)
         x = pdo.LiftingConv(2, self.group, kernel_size=self.kernel_size)(x)
-        x = nn.relu(pdo.GroupBatchNorm()(x, train))
-        x = nn.relu(pdo.GroupBatchNorm()(conv(strides=2)(x), train))
+        x = nn.relu(pdo.GroupBatchNorm(self.group)(x, train))
+        x = nn.relu(pdo.GroupBatchNorm(self.group)(conv(strides=2)(x), train))
         return conv(padding="CIRCULAR")(x)
 
 

@@ -43,38 +43,38 @@ class Steerable(nn.Module):
         x = nonlinearities.FieldBatchNorm(both)(x, train=False)
         x = nonlinearities.NormNonlinearity(both)(x)
         x = pdo.PDOConv(3, both, REGULAR, kernel_size=3, strides=2, padding="CIRCULAR", use_bias=True)(x)
-        return nn.relu(pdo.GroupBatchNorm()(x, False))
+        return nn.relu(pdo.GroupBatchNorm(P4)(x, False))
 
 
 def line(x, train):
     for layer, padding in enumerate(["CIRCULAR", "VALID", ((1, 2),), 0]):
         conv = pdo.GroupConv if layer else pdo.LiftingConv
         x = conv(2, LINE, strides=1 + layer % 2, padding=padding, use_bias=True, basis=2)(x)
-        x = nn.relu(pdo.GroupBatchNorm()(x, train=train))
+        x = nn.relu(pdo.GroupBatchNorm(LINE)(x, train=train))
     return x
 
 
 def rock(x, train):
     x = pdo.LiftingConv(2, ROCK, kernel_size=3)(x)
-    return pdo.GroupConv(2, ROCK, kernel_size=1, strides=(1, 2, 1))(nn.relu(pdo.GroupBatchNorm()(x, train)))
+    return pdo.GroupConv(2, ROCK, kernel_size=1, strides=(1, 2, 1))(nn.relu(pdo.GroupBatchNorm(ROCK)(x, train)))
 
 
 def reused(x, train):
     """One convolution before one norm, twice: merged. Another convolution and norm, each with a second partner: not."""
     lift = pdo.LiftingConv(2, P4, kernel_size=3, frame=0.3, name="lift")(x)
-    conv, norm = pdo.GroupConv(2, P4, kernel_size=3, name="conv"), pdo.GroupBatchNorm(name="norm")
+    conv, norm = pdo.GroupConv(2, P4, kernel_size=3, name="conv"), pdo.GroupBatchNorm(P4, name="norm")
     x = nn.relu(norm(conv(nn.relu(norm(conv(lift), train))), train)) + lift
-    other = pdo.GroupBatchNorm(name="other")
+    other = pdo.GroupBatchNorm(P4, name="other")
     x = other(pdo.GroupConv(2, P4, kernel_size=1, name="one")(x), train)
     return nn.relu(other(nn.relu(pdo.GroupConv(2, P4, kernel_size=1, name="two")(x)), train))
 
 
 def shared(x, train):
     """A norm of two convolutions: merged into both. A convolution whose output is also a result: its norm stays."""
-    lift, norm = pdo.LiftingConv(2, P4, kernel_size=3, name="lift"), pdo.GroupBatchNorm(name="norm")
+    lift, norm = pdo.LiftingConv(2, P4, kernel_size=3, name="lift"), pdo.GroupBatchNorm(P4, name="norm")
     x = norm(pdo.GroupConv(2, P4, kernel_size=1, name="conv")(norm(lift(x), train)), train)
     y = pdo.GroupConv(2, P4, kernel_size=1, name="last")(x)
-    return y, pdo.GroupBatchNorm(name="alone")(y, train)
+    return y, pdo.GroupBatchNorm(P4, name="alone")(y, train)
 
 
 def remat(x, train):
@@ -83,9 +83,9 @@ def remat(x, train):
 
     def added(x, train):
         y = pdo.GroupConv(2, P4, kernel_size=1)(x)
-        return pdo.GroupBatchNorm()(y, train) + y
+        return pdo.GroupBatchNorm(P4)(y, train) + y
 
-    x = block(lambda x, train: nn.relu(pdo.GroupBatchNorm()(pdo.LiftingConv(2, P4, kernel_size=3)(x), train)))(x, train)
+    x = block(lambda x, train: nn.relu(pdo.GroupBatchNorm(P4)(pdo.LiftingConv(2, P4, kernel_size=3)(x), train)))(x, train)
     return block(added)(x, train)
 
 
@@ -241,7 +241,7 @@ def test_errors_of_folding():
     with pytest.raises(ValueError, match=r"a kernel of size 5 does not fit an input of shape \(4, 6\)"):
         plain.apply(folded, x[:, 2:])
 
-    always = Net(lambda x, train: pdo.GroupBatchNorm(name="norm")(pdo.LiftingConv(1, P4)(x), True))
+    always = Net(lambda x, train: pdo.GroupBatchNorm(P4, name="norm")(pdo.LiftingConv(1, P4)(x), True))
     variables = jit(always.init)(jax.random.key(0), x)
     with pytest.raises(ValueError, match="norm takes the statistics of its batch at inference"):
         to_plain(always, variables, x.shape)

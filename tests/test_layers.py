@@ -11,9 +11,15 @@ from flax import linen as nn
 from quick import jit
 
 import pdo_jax as pdo
-from pdo_jax import groups
+from pdo_jax import fields, groups
 
-LINE, P8, P4M, O_H = groups.reflection(1), groups.cyclic(8), groups.dihedral(4), groups.octahedral(True)
+LINE, P4, P8, P4M, O_H = groups.reflection(1), groups.cyclic(4), groups.cyclic(8), groups.dihedral(4), groups.octahedral(True)
+
+
+def of(x):
+    """The representation of a field that tells nothing but its sizes: every value of its last axis stands for itself."""
+    group = groups.reflection(x.ndim - 3)
+    return fields.direct_sum([fields.trivial(group)] * x.shape[-1])
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -35,8 +41,11 @@ def turn(x, group, a):
 def norms(dtype=None, axis_name=None):
     """GroupBatchNorm, and what it stands for in Flax."""
     flax_norm = nn.BatchNorm(axis=-2, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name)
-    ours = pdo.GroupBatchNorm(dtype=dtype, axis_name=axis_name)
-    return (lambda v, x, train: ours.apply(v, x, train, mutable="batch_stats"),
+
+    def ours(v, x, train):
+        return pdo.GroupBatchNorm(of(x), dtype=dtype, axis_name=axis_name).apply(v, x, train, mutable="batch_stats")
+
+    return (ours,
             lambda v, x, train: flax_norm.apply(v, x, use_running_average=not train, mutable="batch_stats"))
 
 
@@ -64,7 +73,7 @@ def assert_same(found, expected, tolerance):
         np.testing.assert_allclose(f, e, atol=tolerance * max(1, np.abs(e).max()), err_msg=name)
 
 
-@pytest.mark.parametrize("shape", [(4, 9, 3, 2), (3, 5, 4, 3, 8), (2, 3, 4, 2, 3, 12), (16, 3, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 9, 3, 2), (3, 5, 4, 3, 8), (2, 3, 4, 2, 3, 12), (16, 1, 3, 8)], ids=str)
 @pytest.mark.parametrize("train", [True, False])
 def test_batch_norm_equals_flax(shape, train):
     """Values, running statistics and gradients are those of nn.BatchNorm over the channel axis (-2), in float32."""
@@ -89,7 +98,7 @@ def test_batch_norm_in_bfloat16():
 
 def test_batch_norm_at_initialisation():
     """Zero mean and unit variance of the output in training; the identity in evaluation; parameters one per channel."""
-    x, norm = normal(8, 5, 5, 3, 8), pdo.GroupBatchNorm()
+    x, norm = normal(8, 5, 5, 3, 8), pdo.GroupBatchNorm(P8)
     y, variables = norm.init_with_output(jax.random.key(0), x, True)
     np.testing.assert_allclose(y.mean((0, 1, 2, 4)), 0, atol=1e-5)
     np.testing.assert_allclose(y.var((0, 1, 2, 4)), 1, atol=1e-4)
@@ -146,7 +155,7 @@ def test_batch_norm_is_equivariant(group, space, train):
 def test_dropout_masks_are_shared_over_the_group(space, channels):
     """A point is kept, and divided by 1 - rate, for all orientations or for none; with channels=True so is all of space."""
     rate, x = 0.25, jnp.ones((40, *space, 5, 4))
-    layer = pdo.GroupDropout(rate, channels=channels)
+    layer = pdo.GroupDropout(rate, of(x), channels=channels)
     y = np.asarray(jit(lambda key: layer.apply({}, x, True, rngs={"dropout": key}))(jax.random.key(0)))
     np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - rate)], rtol=1e-4)
     shared = y[:, *[slice(0, 1)] * len(space), :, :1] if channels else y[..., :1]
@@ -161,24 +170,24 @@ def test_dropout_masks_are_shared_over_the_group(space, channels):
 def test_dropout_is_equivariant_to_the_group_axis():
     """With one random stream, dropout(A·F) = A·dropout(F) for a permutation A of the group axis: the mask does not see it."""
     x, shuffled = normal(3, 4, 4, 2, 8), np.random.default_rng(0).permutation(8)
-    drop = jit(lambda x: pdo.GroupDropout(0.5).apply({}, x, True, rngs={"dropout": jax.random.key(1)}))
+    drop = jit(lambda x: pdo.GroupDropout(0.5, P8).apply({}, x, True, rngs={"dropout": jax.random.key(1)}))
     np.testing.assert_array_equal(drop(x[..., shuffled]), drop(x)[..., shuffled])
 
 
 def test_dropout_in_evaluation_is_the_identity():
     """Without training, or at rate 0, nothing is dropped and no random stream is needed; training needs one."""
     x = normal(2, 3, 3, 2, 4)
-    np.testing.assert_array_equal(pdo.GroupDropout(0.5).apply({}, x, False), x)
-    np.testing.assert_array_equal(pdo.GroupDropout(0.0).apply({}, x, True), x)
+    np.testing.assert_array_equal(pdo.GroupDropout(0.5, P4).apply({}, x, False), x)
+    np.testing.assert_array_equal(pdo.GroupDropout(0.0, P4).apply({}, x, True), x)
     with pytest.raises(Exception, match="dropout"):
-        pdo.GroupDropout(0.5).apply({}, x, True)
+        pdo.GroupDropout(0.5, P4).apply({}, x, True)
 
 
 @pytest.mark.parametrize("rate", [1e-7, 1 - 1e-7])
 def test_dropout_at_extreme_rates(rate):
     """Rates beyond the mask's resolution are allowed and do what is next to them; bfloat16 stays bfloat16."""
     x = jnp.ones((2, 3, 3, 2, 4), jnp.bfloat16)
-    y = pdo.GroupDropout(rate).apply({}, x, True, rngs={"dropout": jax.random.key(0)})
+    y = pdo.GroupDropout(rate, P4).apply({}, x, True, rngs={"dropout": jax.random.key(0)})
     assert y.dtype == x.dtype
     np.testing.assert_array_equal(y, x if rate < 0.5 else 0 * x)
 
@@ -188,15 +197,18 @@ def test_bad_rates_are_named(rate):
     """A rate outside [0, 1) raises ValueError, in evaluation too."""
     for train in (True, False):
         with pytest.raises(ValueError, match=r"\[0, 1\), got"):
-            pdo.GroupDropout(rate).apply({}, jnp.ones((1, 2, 2, 1, 4)), train, rngs={"dropout": jax.random.key(0)})
+            pdo.GroupDropout(rate, P4).apply({}, jnp.ones((1, 2, 2, 1, 4)), train, rngs={"dropout": jax.random.key(0)})
 
 
 # Pooling.
 
+def pool(function, *window):
+    return lambda x: function(x, of(x), *window)
+
+
 POOLS = {
-    "max": pdo.max_pool, "mean": pdo.mean_pool, "blur": pdo.blur_pool, "max 3": lambda x: pdo.max_pool(x, 3),
-    "max 3/2": lambda x: pdo.max_pool(x, 3, 2), "mean 3/2": lambda x: pdo.mean_pool(x, 3, 2),
-    "mean 2/1": lambda x: pdo.mean_pool(x, 2, 1),
+    "max": pool(pdo.max_pool), "mean": pool(pdo.mean_pool), "blur": pool(pdo.blur_pool), "max 3": pool(pdo.max_pool, 3),
+    "max 3/2": pool(pdo.max_pool, 3, 2), "mean 3/2": pool(pdo.mean_pool, 3, 2), "mean 2/1": pool(pdo.mean_pool, 2, 1),
 }
 SPACES = [(LINE, (6,)), (LINE, (7,)), (P4M, (6, 6)), (P4M, (7, 7)), (P4M, (6, 9)), (P4M, (5, 7)), (O_H, (4, 4, 4)),
           (O_H, (3, 5, 4))]
@@ -215,9 +227,9 @@ def test_pooling_keeps_every_symmetry_of_the_grid(pool, group, space):
 
 
 @pytest.mark.parametrize("pool, sizes", [
-    (pdo.max_pool, {2: 1, 3: 1, 6: 3, 7: 3, 28: 14}), (pdo.mean_pool, {2: 1, 5: 2, 8: 4}),
-    (pdo.blur_pool, {1: 1, 2: 1, 5: 3, 6: 3}), (lambda x: pdo.max_pool(x, 3, 2), {3: 1, 4: 1, 7: 3, 8: 3}),
-    (lambda x: pdo.mean_pool(x, 2, 1), {4: 3, 5: 4}), (lambda x: pdo.max_pool(x, 1), {4: 4}),
+    (pool(pdo.max_pool), {2: 1, 3: 1, 6: 3, 7: 3, 28: 14}), (pool(pdo.mean_pool), {2: 1, 5: 2, 8: 4}),
+    (pool(pdo.blur_pool), {1: 1, 2: 1, 5: 3, 6: 3}), (pool(pdo.max_pool, 3, 2), {3: 1, 4: 1, 7: 3, 8: 3}),
+    (pool(pdo.mean_pool, 2, 1), {4: 3, 5: 4}), (pool(pdo.max_pool, 1), {4: 4}),
 ], ids=["max", "mean", "blur", "max 3/2", "mean 2/1", "max 1"])
 def test_pooled_sizes(pool, sizes):
     """An even axis gives size / 2 points, an odd one (size - 1) / 2, a blurred one the ceiling; the dtype stays."""
@@ -235,7 +247,7 @@ def test_pools_equal_a_plain_loop(shape, window, strides):
     reach = [window + (s - window) % step for s in shape[1:-2]]
     counts = [(s - r) // step + 1 for s, r in zip(shape[1:-2], reach, strict=True)]
     for pool, reduce in ((pdo.max_pool, np.max), (pdo.mean_pool, np.mean)):
-        y = np.asarray(jit(lambda x, pool=pool: pool(x, window, strides))(x))
+        y = np.asarray(jit(lambda x, pool=pool: pool(x, of(x), window, strides))(x))
         assert y.shape == (shape[0], *counts, *shape[-2:])
         for where in itertools.product(*map(range, counts)):
             box = tuple(slice(w * step, w * step + r) for w, r in zip(where, reach, strict=True))
@@ -247,7 +259,7 @@ def test_pools_equal_a_plain_loop(shape, window, strides):
 def test_gradient_of_max_pool(space, window, strides):
     """The hand-written gradient equals automatic differentiation of slices; ties get equal shares, which is equivariant."""
     x = normal(2, *space, 2, 3)
-    dy = normal(*jax.eval_shape(lambda x: pdo.max_pool(x, window, strides), x).shape, seed=1)
+    dy = normal(*jax.eval_shape(lambda x: pdo.max_pool(x, of(x), window, strides), x).shape, seed=1)
 
     def plain(x):  # one axis after another: a maximum of maxima
         for axis, size in enumerate(space, 1):
@@ -258,9 +270,9 @@ def test_gradient_of_max_pool(space, window, strides):
         return x
 
     found, expected = (jit(jax.grad(lambda x, f=f: (f(x) * dy).sum()))(x) for f in (
-        lambda x: pdo.max_pool(x, window, strides), plain))
+        lambda x: pdo.max_pool(x, of(x), window, strides), plain))
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    flat = jit(jax.grad(lambda x: (pdo.max_pool(x, window, strides)).sum()))(jnp.ones_like(x))  # all tie
+    flat = jit(jax.grad(lambda x: (pdo.max_pool(x, of(x), window, strides)).sum()))(jnp.ones_like(x))  # all tie
     np.testing.assert_allclose(flat, jnp.flip(flat, range(1, 1 + len(space))), atol=1e-6)
     np.testing.assert_allclose(flat.sum(), dy.size, rtol=1e-5)
 
@@ -270,20 +282,20 @@ def test_bad_windows_are_named(pool):
     """A window larger than an axis, or one that is not positive, raises ValueError with the points."""
     x = jnp.ones((1, 5, 3, 2, 4))
     with pytest.raises(ValueError, match=r"window of 4 does not fit .*\(5, 3\)"):
-        pool(x, 4)
-    for window, strides in ((0, None), (2, 0), (2, -1)):
-        with pytest.raises(ValueError, match="must be positive"):
-            pool(x, window, strides)
+        pool(x, P4, 4)
+    for window, strides in ((0, None), (2, 0), (2, -1), (2.0, None)):
+        with pytest.raises(ValueError, match="must be an int >= 1"):
+            pool(x, P4, window, strides)
 
 
 @pytest.mark.parametrize("reduce, numpy_reduce", [("mean", np.mean), ("max", np.max)])
 def test_group_pool_is_invariant(reduce, numpy_reduce):
     """The mean or maximum over the last axis; a permutation of it changes nothing."""
     x = np.asarray(normal(2, 4, 4, 3, 8))
-    y = pdo.group_pool(x, reduce)
+    y = pdo.group_pool(x, P4M, reduce)
     np.testing.assert_allclose(y, numpy_reduce(x, -1), rtol=1e-5)
     for a in np.flatnonzero(P4M.preserves_grid):
-        np.testing.assert_allclose(pdo.group_pool(turn(x, P4M, a), reduce)[..., None],
+        np.testing.assert_allclose(pdo.group_pool(turn(x, P4M, a), P4M, reduce)[..., None],
                                    turn(np.repeat(y[..., None], 8, -1), P4M, a)[..., :1], atol=1e-6)
     with pytest.raises(ValueError, match="\"mean\" or \"max\", got 'sum'"):
-        pdo.group_pool(x, "sum")
+        pdo.group_pool(x, P4M, "sum")

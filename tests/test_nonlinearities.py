@@ -114,7 +114,7 @@ def test_pointwise_is_refused_elsewhere(name):
 def test_batch_norm_of_regular_fields_is_group_batch_norm(train):
     """One mean and variance per channel over batch, space and group: equal results and running statistics."""
     x = field(REPS["regular"])
-    ours, theirs = nonlinearities.FieldBatchNorm(REPS["regular"]), layers.GroupBatchNorm()
+    ours, theirs = nonlinearities.FieldBatchNorm(REPS["regular"]), layers.GroupBatchNorm(REPS["regular"])
     expected = theirs.init_with_output(jax.random.key(0), x, train=train)
     found = ours.init_with_output(jax.random.key(0), x, train=train)
     np.testing.assert_array_equal(found[0], expected[0])
@@ -204,7 +204,7 @@ def test_bad_fields(layer, options):
     """A field of another size or dimension: an error that names the layer, the representation and both shapes."""
     rep = fields.standard(P8)
     for shape in [(2, 5, 5, 3, 8), (2, 5, 5, 2), (2, 5, 5, 5, 3, 2)]:
-        with pytest.raises(ValueError, match=r"standard of Group\(p8.*takes \[batch, \*space, channels, \d\].*got shape"):
+        with pytest.raises(ValueError, match=r"standard.* of Group\(p8.*takes a field \[batch, \*space, channels, \d\].*got shape"):
             layer(rep).init(jax.random.key(0), jnp.ones(shape), **options)
 
 

@@ -255,7 +255,7 @@ class Invariant(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         x = pdo.LiftingConv(2, self.group, kernel_size=3)(x)
-        return nn.Dense(3)(pdo.group_pool(nn.relu(x).mean((1, 2))))
+        return nn.Dense(3)(pdo.group_pool(nn.relu(x), self.group).mean((1, 2)))
 
 
 def test_a_network_of_a_group_reports_its_equivariance_and_shows_its_stencils():

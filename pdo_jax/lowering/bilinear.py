@@ -31,11 +31,11 @@ class Form(NamedTuple):
     alone: Callable
 
 
-def apply(form: Form, x, w):
-    """y(x, w), of the type of x."""
-    axes = frozenset().union(*(_varying(v) for v in (x, w)))
-    x, w = (jax.lax.pcast(v, tuple(axes - _varying(v)), to="varying") if axes - _varying(v) else v for v in (x, w))
-    return _bilinear.bind(x, w, form=form, slot=OUTPUT, alone=True)
+def apply(form: Form, a, b, slot: int = OUTPUT):
+    """One of the functions of the other two arguments, by default y(x, w)."""
+    axes = frozenset().union(*(_varying(v) for v in (a, b)))
+    a, b = (jax.lax.pcast(v, tuple(axes - _varying(v)), to="varying") if axes - _varying(v) else v for v in (a, b))
+    return _bilinear.bind(a, b, form=form, slot=slot, alone=slot == OUTPUT)
 
 
 def _varying(x):
