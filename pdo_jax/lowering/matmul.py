@@ -117,7 +117,7 @@ class Matmul:
             dparts.append(split(dx.astype(g.dtype), 0, len(dx) // self.layer.inputs[0]))
         if self.fold and self.fold.source:
             dparts = [put([dparts[0] + dparts[1], dparts[0] - dparts[1]], self.fold.source, 0)]
-        return restore(dparts[0])
+        return restore(hold(dparts[0]))
 
     def weight(self, x, g):
         dkernels, parts = [], self._parts(x)

@@ -1,0 +1,103 @@
+"""One table of all that acts on fields, for the tests that put it under every transformation: small, in one, two and three
+dimensions, convolutions under every lowering."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+import pdo_jax as pdo
+from pdo_jax import fields, groups, lowering, nonlinearities
+
+GROUPS = {1: groups.reflection(1), 2: groups.cyclic(4), 3: groups.from_generators([np.diag([-1.0, -1, 1]), -np.eye(3)])}
+SPACE = {1: (5,), 2: (4, 5), 3: (3, 3, 4)}
+CHANNELS = 2
+
+
+class Item(NamedTuple):
+    """``call(variables, x)``, with all state that it changes; ``variables`` holds parameters alone, or nothing."""
+
+    call: Callable
+    variables: Any
+    x: jax.Array
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def apart(x):
+    """The values of x in their order, but evenly spaced, so that no small step changes which one is the largest."""
+    return (x.reshape(-1).argsort().argsort().reshape(x.shape) / 8).astype(x.dtype)
+
+
+def module(layer, x, *arguments, **options):
+    """An item of a Flax module; running averages are given, and returned with the output."""
+    variables = jax.jit(lambda x: layer.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x, *arguments))(x)
+    leaves, tree = jax.tree.flatten(variables.get("params", {}))
+    params = tree.unflatten([w + normal(*w.shape, seed=k, dtype=w.dtype) / 4 for k, w in enumerate(leaves)])
+    rest = {name: value for name, value in variables.items() if name != "params"}
+
+    def call(params, x):
+        return layer.apply({"params": params, **rest}, x, *arguments, mutable=list(rest), **options)
+
+    return Item(call, params, x)
+
+
+class Network(nn.Module):
+    """Lifting, norm, ReLU, pooling, group convolution, invariant logits."""
+
+    group: groups.Group
+    lowering: str
+
+    @nn.compact
+    def __call__(self, x, train):
+        options = dict(group=self.group, kernel_size=3, lowering=self.lowering)
+        x = nn.tanh(pdo.GroupBatchNorm(self.group)(pdo.LiftingConv(2, **options)(x), train))
+        x = pdo.GroupConv(2, padding="CIRCULAR", **options)(pdo.mean_pool(x, self.group))
+        return nn.Dense(3)(pdo.group_pool(x, self.group).mean(range(1, 1 + self.group.dim)))
+
+
+def items(dim, batch=2, dtype=jnp.float32):
+    """{name: a function that makes the item}"""
+    group, space = GROUPS[dim], SPACE[dim]
+    regular, vector = fields.regular(group), fields.standard(group)
+    mixed = fields.direct_sum([fields.trivial(group), vector])
+    gated = nonlinearities.GatedNonlinearity(mixed)
+
+    def field(size=group.order, seed=1):
+        return normal(batch, *space, CHANNELS, *[size] * (size is not None), seed=seed, dtype=dtype)
+
+    made = {}
+    for way in lowering.LOWERINGS:
+        if way != "fourier" or dim == 2:
+            options = dict(lowering=way, kernel_size=3)
+            made |= {
+                f"LiftingConv {way}": lambda o=options: module(pdo.LiftingConv(2, group, strides=2, **o), field(None)),
+                f"GroupConv {way}": lambda o=options: module(pdo.GroupConv(2, group, use_bias=True, **o), field()),
+            }
+        if way != "fourier":
+            made[f"PDOConv {way}"] = lambda o=options: module(pdo.PDOConv(2, vector, mixed, **o), field(dim))
+    if dim == 2:
+        made["network"] = lambda: module(Network(group, "auto"), field(None), True)
+    return made | {
+        "GroupBatchNorm, training": lambda: module(pdo.GroupBatchNorm(group), field(), True),
+        "GroupBatchNorm, scalars": lambda: module(pdo.GroupBatchNorm(group), field(None), True),
+        "GroupBatchNorm, inference": lambda: module(pdo.GroupBatchNorm(group), field(), False),
+        "FieldBatchNorm, training": lambda: module(nonlinearities.FieldBatchNorm(mixed), field(1 + dim), True),
+        "NormNonlinearity": lambda: module(nonlinearities.NormNonlinearity(mixed, bias_init=nn.initializers.ones), field(1 + dim)),
+        "GatedNonlinearity": lambda: module(gated, field(gated.in_rep.dim)),
+        "GroupDropout": lambda: module(pdo.GroupDropout(0.5, group), field(), True, rngs={"dropout": jax.random.key(2)}),
+        "max_pool": lambda: Item(lambda _, x: pdo.max_pool(x, group), {}, apart(field())),
+        "max_pool 2/1": lambda: Item(lambda _, x: pdo.max_pool(x, regular, 2, 1), {}, apart(field())),
+        "mean_pool": lambda: Item(lambda _, x: pdo.mean_pool(x, vector), {}, field(dim)),
+        "blur_pool": lambda: Item(lambda _, x: pdo.blur_pool(x, group), {}, field(None)),
+        "group_pool mean": lambda: Item(lambda _, x: pdo.group_pool(x, group), {}, field()),
+        "group_pool max": lambda: Item(lambda _, x: pdo.group_pool(x, regular, "max"), {}, apart(field())),
+    }
+
+
+ALL = [(dim, name) for dim in GROUPS for name in items(dim)]
