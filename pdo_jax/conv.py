@@ -14,6 +14,7 @@ from flax import linen as nn
 from pdo_jax import kernels, lowering, operators, steerable, stencils
 from pdo_jax.fields import Representation
 from pdo_jax.groups import Group
+from pdo_jax.lowering.channels import along
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 
@@ -205,11 +206,12 @@ def _apply(module, x, w, coefficients, **symmetry):
     """Convolves and adds the bias of a layer."""
     x, strides, padding = prepare(module, x, coefficients.stencils.ndim - 1)
     lowering.check_lowering(module.lowering, symmetry.get("turn"))
-    with lowering.portable() if module.is_initializing() else contextlib.nullcontext():  # only a shape is wanted: quick to trace
+    with lowering.portable() if module.is_initializing() else contextlib.nullcontext():  # a shape is wanted, soon
         y = lowering.convolve(x, w, coefficients.stencils, coefficients.indices, strides=strides, padding=padding,
                               coefficients=coefficients, lowering=module.lowering, **symmetry)
     if module.use_bias:
-        y = y + module.param("bias", nn.initializers.zeros, (module.features,), module.param_dtype)[:, None].astype(x.dtype)
+        bias = module.param("bias", nn.initializers.zeros, (module.features,), module.param_dtype)
+        y = y + along(bias.astype(x.dtype), y)
     return y
 
 

@@ -1,5 +1,6 @@
 """Trained networks for inference: folded into plain convolutions, and as a StableHLO program that needs no network to run."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -90,9 +91,10 @@ class Plain(nn.Module):
 
     Attributes:
       network: the network.
-      lowering: "dense", or another of :mod:`pdo_jax.lowering`: then a kernel is taken apart into the operators of its layer
-        again. "auto", ``plain.clone(lowering="auto")``, is faster on a CPU and the same elsewhere. Only for kernels as
-        :func:`to_plain` made them: from any other, all that is not of the layer's form would be lost.
+      lowering: "dense", for programs of standard operations alone (:func:`pdo_jax.lowering.portable`), or another of
+        :mod:`pdo_jax.lowering`: then a kernel is taken apart into the operators of its layer again. "auto",
+        ``plain.clone(lowering="auto")``, is faster on a CPU and the same elsewhere. Only for kernels as :func:`to_plain` made
+        them: from any other, all that is not of the layer's form would be lost.
     """
 
     network: nn.Module
@@ -102,7 +104,8 @@ class Plain(nn.Module):
         nn.share_scope(self, self.network)
 
     def __call__(self, x):
-        with nn.intercept_methods(functools.partial(_run, self.lowering)):
+        standard = lowering.portable() if self.lowering == "dense" else contextlib.nullcontext()
+        with standard, nn.intercept_methods(functools.partial(_run, self.lowering)):
             return self.network(x, **_inference(self.network))
 
 

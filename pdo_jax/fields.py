@@ -250,7 +250,8 @@ def group_of(on: Group | Representation) -> Group:
     raise ValueError(f"expected a Group, such as pdo_jax.groups.cyclic(8), or a Representation, got {on!r}")
 
 
-def field_axes(what: str, x, on: Group | Representation, *, scalars: bool = True, permuted: bool = False, remedy: str = "") -> bool:
+def field_axes(what: str, x, on: Group | Representation, *, scalars: bool = True, permuted: bool = False,
+               remedy: str = "") -> bool:
     """Whether x is a field [batch, *space, channels, d], and not one of scalars [batch, *space, channels].
 
     A group stands for its regular representation.

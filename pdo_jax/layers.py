@@ -221,7 +221,7 @@ def _in_view(function, *fields):
 
 
 def mean_pool(x, group: Group | Representation, window: int = 2, strides: int | None = None):
-    """Mean over windows of space, summed in float32; arguments and alignment as for :func:`max_pool`, for any representation."""
+    """Mean over windows of space, summed in float32; arguments and alignment as for :func:`max_pool`, any representation."""
     scalars = not field_axes("mean_pool", x, group)
     window, strides = _window(x, group, window, strides)
     x = floating(x[..., None] if scalars else x)

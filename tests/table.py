@@ -88,7 +88,8 @@ def items(dim, batch=2, dtype=jnp.float32):
         "GroupBatchNorm, scalars": lambda: module(pdo.GroupBatchNorm(group), field(None), True),
         "GroupBatchNorm, inference": lambda: module(pdo.GroupBatchNorm(group), field(), False),
         "FieldBatchNorm, training": lambda: module(nonlinearities.FieldBatchNorm(mixed), field(1 + dim), True),
-        "NormNonlinearity": lambda: module(nonlinearities.NormNonlinearity(mixed, bias_init=nn.initializers.ones), field(1 + dim)),
+        "NormNonlinearity": lambda: module(
+            nonlinearities.NormNonlinearity(mixed, epsilon=0.1, bias_init=nn.initializers.ones), field(1 + dim)),
         "GatedNonlinearity": lambda: module(gated, field(gated.in_rep.dim)),
         "GroupDropout": lambda: module(pdo.GroupDropout(0.5, group), field(), True, rngs={"dropout": jax.random.key(2)}),
         "max_pool": lambda: Item(lambda _, x: pdo.max_pool(x, group), {}, apart(field())),

@@ -31,7 +31,8 @@ THIRD_PARTY = {  # what each floor may use; numpy alone where mathematics is don
     "networks": {"numpy", "jax", "flax"}, "export": {"numpy", "jax", "flax"},
     "architecture": {"numpy", "jax", "flax"}, "weights": {"numpy", "flax", "safetensors"}, "__init__": set(),
 }
-FILES = {".".join(path.relative_to(FOLDER).with_suffix("").parts).removesuffix(".__init__"): path for path in FOLDER.rglob("*.py")}
+FILES = {".".join(path.relative_to(FOLDER).with_suffix("").parts).removesuffix(".__init__"): path
+         for path in FOLDER.rglob("*.py")}
 MODULES = sorted(FILES)
 
 

@@ -4,11 +4,14 @@ import functools
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from quick import jit
 from table import ALL, items
+
+import pdo_jax as pdo
 
 EVERY = pytest.mark.parametrize("dim, name", ALL, ids=lambda v: str(v))
 
@@ -73,3 +76,73 @@ def test_differentiable_forwards_and_backwards_to_second_order(dim, name):
     np.testing.assert_allclose(second, second[0], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(first[0], difference, rtol=3e-2, atol=3e-2)
     np.testing.assert_allclose(second[0], second_difference, rtol=5e-2, atol=5e-2)
+
+
+@EVERY
+def test_traced_under_the_strictest_modes(dim, name):
+    """No promotion of ranks or dtypes, no leaked tracers: the program and its gradients are traced all the same."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), jax.checking_leaks():
+        call, variables, x = items(dim)[name]()
+        found = jax.eval_shape(lambda v, x: values(call)(v, x), variables, x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, reference(dim, name))
+
+
+@EVERY
+def test_x64_changes_nothing_in_float32(dim, name):
+    """With x64 and with NaN as an error: the same outputs and gradients, of the same types."""
+    with jax.enable_x64(True), jax.debug_nans(True):
+        found = jit(values(items(dim)[name]().call))(*item(dim, name)[1:])
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, reference(dim, name))
+    assert_close(found, reference(dim, name), 1e-4)
+
+
+@EVERY
+def test_float64(dim, name):
+    """In x64 a float64 input gives float64 outputs; parameters and running averages stay float32."""
+    with jax.enable_x64(True):
+        call, variables, x = items(dim, dtype=jnp.float64)[name]()
+        outputs = jax.tree.leaves(jax.eval_shape(call, variables, x))
+        assert outputs[0].dtype == jnp.float64 or name == "network"
+        assert {v.dtype for v in (*jax.tree.leaves(variables), *outputs[1:])} <= {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("name", items(2))
+def test_without_jit(name):
+    """``jax.disable_jit`` runs the same operations one by one."""
+    with jax.disable_jit():
+        found = values(item(2, name).call)(*item(2, name)[1:])
+    assert_close(found, reference(2, name), 1e-4)
+
+
+@EVERY
+def test_an_empty_batch(dim, name):
+    """A batch of none: empty results, and gradients that are 0, not an error."""
+    call, variables, x = item(dim, name)
+    _, (dvariables, dx) = jit(values(call))(variables, x[:0])
+    assert dx.shape == (0, *x.shape[1:])
+    jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), dvariables)
+
+
+@EVERY
+def test_vmap_scan_and_remat(dim, name):
+    """vmap, a scan and a checkpoint of a call, and their gradients, are those of the call."""
+    (call, variables, x), expected = item(dim, name), reference(dim, name)
+    flat = floats(call)
+    ways = {
+        "vmap": lambda v, x: jax.vmap(flat, (None, 0))(v, x[None])[0],
+        "scan": lambda v, x: jax.lax.scan(lambda c, x: (c, flat(v, x)), 0, x[None])[1][0],
+        "remat": jax.checkpoint(flat),
+    }
+    for found in jit(lambda v, x: [values(fn)(v, x) for fn in ways.values()])(variables, x):
+        assert_close(found, expected)
+
+
+@EVERY
+def test_portable_programs(dim, name):
+    """Inside ``portable()`` an exported program gives the same numbers, and holds neither a choice of platform nor a layout."""
+    call, variables, x = item(dim, name)
+    with pdo.lowering.portable():
+        exported = jax.export.export(jax.jit(lambda v, x: floats(call)(v, x)))(variables, x)
+        program = str(jax.make_jaxpr(lambda v, x: floats(call)(v, x))(variables, x))
+    assert not any(word in program for word in ("platform_index", "layout_constraint", "pdo_bilinear"))
+    assert_close(jit(exported.call)(variables, x), reference(dim, name)[0])

@@ -6,17 +6,15 @@ as everywhere in deep learning). All lowerings compute that convolution:
 
 "dense"    expands the kernel and calls XLA's convolution. The reference for the others; best on GPU and TPU.
 "matmul"   never expands it. Operators on the input, stacked, meet matrices over the channels; those of high order, of which a
-           layer knows few, on the result instead where that is less to keep (:mod:`pdo_jax.lowering.matmul`). If the group holds the
-           point reflection z, sums and differences of the components C and zC meet only even or only odd operators, which
-           halves the products. Matrix products keep their speed in loops and in bfloat16 on a CPU; XLA's convolutions there
-           do not.
-"fourier"  in the plane, one matrix product for each angular frequency of the group's rotations (:mod:`pdo_jax.lowering.fourier`): the
-           work grows with the order of the group, that of the others with its square; more passes over memory, so for wide
-           layers.
+           layer knows few, on the result instead where that is less to keep (module ``matmul``). If the group holds the point
+           reflection z, sums and differences of the components C and zC meet only even or only odd operators, which halves
+           the products. Matrix products keep their speed in loops and in bfloat16 on a CPU; XLA's convolutions do not.
+"fourier"  in the plane, one matrix product for each angular frequency of the group's rotations (module ``fourier``): the work
+           grows with the order of the group, that of the others with its square; more passes over memory, so for wide layers.
 "auto"     "dense" on GPU and TPU and in float64; on a CPU "fourier" from the sizes in :data:`CROSSOVER` on, else "matmul".
 
 A layer is bilinear in its input and its parameters; a lowering is a class of the layer with three methods, the output and the
-two adjoints (:mod:`pdo_jax.lowering.bilinear`), so that all of them can be differentiated in both modes to any order.
+two adjoints (module ``bilinear``), so that all of them can be differentiated in both modes to any order.
 """
 
 import dataclasses
@@ -83,6 +81,9 @@ class Given:
             return c
         rest = [k for k in range(shape[-1]) if k not in wanted]
         return put([c, jnp.zeros((*shape[:-1], len(rest)), c.dtype)], [wanted, rest], -1)
+
+
+GIVEN = Given()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,9 +177,9 @@ def convolve(x, w, stencils, indices, *, strides, padding, coefficients=None, lo
     """
     check_fit(stencils.shape[1], x.shape[1:-2], padding)
     check_lowering(lowering, turn)
-    stencils, span = frozen(stencils), None if span is None else frozen(span)
-    layer = Layer(coefficients or Given(), stencils, tuple(indices), tuple(strides), tuple(map(tuple, padding)), fold, turn, span,
-                  x.shape[1:], w.shape, w.dtype)
+    span = None if span is None else frozen(span)
+    layer = Layer(coefficients or GIVEN, frozen(stencils), tuple(indices), tuple(strides), tuple(map(tuple, padding)),
+                  fold, turn, span, x.shape[1:], w.shape, w.dtype)
     x = x.astype(dtype or x.dtype)
     if is_portable():
         return Dense(layer).output(x, w)

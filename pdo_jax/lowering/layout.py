@@ -17,8 +17,8 @@ _PORTABLE = contextvars.ContextVar("portable", default=False)
 def portable():
     """Programs traced inside are made of standard operations alone: what an exporter or a converter can read.
 
-    Every layer is then an ordinary convolution ("dense"), whatever its ``lowering``; no program chooses by platform or fixes the
-    layout of an array in memory. A function that ``jax.jit`` has traced before is not traced again: give a fresh one.
+    Every layer is then an ordinary convolution ("dense"), whatever its ``lowering``; no program chooses by platform or fixes
+    the layout of an array in memory. A function that ``jax.jit`` has traced before is not traced again: give a fresh one.
 
     >>> import jax, pdo_jax as pdo
     >>> layer = pdo.LiftingConv(2, pdo.groups.cyclic(4))
@@ -40,7 +40,7 @@ def is_portable() -> bool:
 
 
 def on_platform(cpu, default):
-    """A function that computes ``cpu`` where a program is compiled for a CPU, elsewhere, and in :func:`portable`, ``default``."""
+    """What computes ``cpu`` where a program is compiled for a CPU; elsewhere, and in :func:`portable`, ``default``."""
     return default if is_portable() else functools.partial(jax.lax.platform_dependent, cpu=cpu, default=default)
 
 

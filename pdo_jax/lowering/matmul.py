@@ -160,7 +160,8 @@ class Matmul:
     def _coefficients(self, dkernels):
         """The adjoint of :meth:`_kernels`."""
         channels, features = self.layer.inputs[0], self.layer.outputs[0]
-        kernels = [k.reshape(len(k), -1, features, k.shape[-1] // channels, channels).transpose(0, 4, 3, 2, 1) for k in dkernels]
+        kernels = [k.reshape(len(k), -1, features, k.shape[-1] // channels, channels).transpose(0, 4, 3, 2, 1)
+                   for k in dkernels]
         if self.fold and self.fold.source:
             kernels = [put([(kernels[0] + kernels[1]) / 2, (kernels[0] - kernels[1]) / 2], self.fold.source, 2)]
         return self.layer.pull_back(kernels[0], self.wanted)
