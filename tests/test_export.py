@@ -15,7 +15,7 @@ from quick import jit
 import pdo_jax as pdo
 from pdo_jax import fields, groups, nonlinearities
 from pdo_jax.export import about, from_stablehlo, to_plain, to_stablehlo
-from pdo_jax.networks import MnistRotNet, ResNet
+from pdo_jax.networks import PAPER, MnistRotNet, ResNet
 
 P4, P8, LINE, ROCK = groups.cyclic(4), groups.cyclic(8), groups.reflection(1), groups.tetrahedral()
 REGULAR, VECTOR = fields.regular(P4), fields.standard(P4)
