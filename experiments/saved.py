@@ -75,7 +75,7 @@ def export(path: str | Path, file: str | Path, config: Config | None = None):
     run = load(path, config)
     mean, deviation = (tuple(np.ravel(moment).tolist()) for moment in (run.model.mean, run.model.deviation))
     network = networks.Normalised(run.config.network, mean, deviation)
-    weights.save(file, network, {name: {"network": tree} for name, tree in jax.device_get(run.variables).items()})
+    weights.save(file, network, {name: {"inner": tree} for name, tree in jax.device_get(run.variables).items()})
 
 
 def predict(path: str | Path, image: str | Path, config: Config | None = None) -> np.ndarray:

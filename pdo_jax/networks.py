@@ -146,17 +146,17 @@ those nearest to the plain network's 16, 32, 64 that have them."""
 
 
 class Normalised(nn.Module):
-    """A network behind the normalisation of its images: network((x - mean) / deviation), for each channel.
+    """A network behind the normalisation of its images: inner((x - mean) / deviation), for each channel.
 
-    Shapes: those of the network.
+    Shapes: those of the inner network.
     """
 
-    network: nn.Module
+    inner: nn.Module
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
 
     def __call__(self, x, train: bool = False):
-        return self.network((x - jnp.asarray(self.mean)) / jnp.asarray(self.deviation), train)
+        return self.inner((x - jnp.asarray(self.mean)) / jnp.asarray(self.deviation), train)
 
 
 class Pretrained(NamedTuple):

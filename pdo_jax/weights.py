@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_bytes
 
 from pdo_jax import architecture
 from pdo_jax._version import __version__
@@ -51,7 +51,7 @@ def save(path, network: nn.Module, variables):
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(flat, partial, metadata)
+        partial.write_bytes(to_bytes(flat, metadata))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
