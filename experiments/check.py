@@ -63,8 +63,8 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
 
     images = jax.ShapeDtypeStruct((config.batch_size // devices, *shape), jnp.float32)
     with _trying(f"the network {name} on images {list(images.shape)}"):
-        variables = jax.eval_shape(lambda x: model.network.init(jax.random.key(0), x, train=False), images)
-        if "params" not in variables:
+        variables = jax.eval_shape(lambda: train.new_variables(model, jax.random.key(0), shape))
+        if not jax.tree.leaves(variables.get("params")):
             raise TrainError(f"the network {name} has no parameters to train")
         unknown = sorted(variables.keys() - {"params", "batch_stats"})
         if unknown:
@@ -86,7 +86,7 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
         if not isinstance(optimiser, optax.GradientTransformation):
             raise TrainError(f"optimizer gives {optimiser!r:.100}; expected an optax transformation, as optax.adam does")
     with _trying("a step of training"):
-        state = jax.eval_shape(lambda: train.new_state(config, model, shape))
+        state = jax.eval_shape(lambda variables: train.state_of(config, variables), variables)
         step = train.step_function(config, model, size // config.batch_size, devices)
         rows = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
         split = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in given.train]

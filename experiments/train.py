@@ -8,6 +8,7 @@ The test set is evaluated once, after the last epoch.
 """
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -197,6 +198,7 @@ def step_function(config: Config, model: Model, steps_per_epoch: int, devices: i
         raise TrainError(f"{name} has no field axis_name, so its batch statistics would differ on {devices} devices")
     optimiser = make_optimiser(config, steps_per_epoch)
 
+    @functools.partial(jax.jit, inline=True)  # so that it is traced once: to be tried, to be looked at, and to be run
     def step(state, images, labels, rows):
         device = lax.axis_index("data")
         rows = rows.reshape(devices, -1)[device]
@@ -363,7 +365,11 @@ def initial_state(config: Config, model: Model, image_shape) -> State:
 
 def new_state(config: Config, model: Model, image_shape) -> State:
     """`initial_state`, to trace: `jax.eval_shape` of it gives the shapes."""
-    variables = new_variables(model, keys(config)[0], image_shape)
+    return state_of(config, new_variables(model, keys(config)[0], image_shape))
+
+
+def state_of(config: Config, variables: Mapping) -> State:
+    """The state before the first step."""
     state = State(jnp.int32(0), **variables, opt_state=make_optimiser(config, 1).init(variables["params"]), average={})
     return state._replace(average=jax.tree.map(jnp.copy, state.variables)) if config.ema else state
 
