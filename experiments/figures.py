@@ -71,6 +71,8 @@ def lifting_kernels(network, variables, shape) -> np.ndarray | None:
         return None
     answer = np.asarray(answers[0][0], np.float32)  # [H, W, features, group], the kernels turned by a half turn
     rows, columns = (np.flatnonzero(np.abs(answer).sum(axes)) for axes in ((1, 2, 3), (0, 2, 3)))
+    if not (rows.size and columns.size):  # all weights are 0
+        return None
     return answer[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1][::-1, ::-1]
 
 

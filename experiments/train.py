@@ -25,10 +25,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-import pdo_jax as pdo
 from experiments import check, datasets, figures, record
 from experiments.config import Config, describe
 from experiments.datasets import augment
+from experiments.measures import equivariance_error, error_rate
 from experiments.workdir import (
     Board,
     TrainError,
@@ -396,25 +396,3 @@ def squared_weights(params) -> jax.Array:
     """The sum of squares of every parameter named "kernel"."""
     leaves = jax.tree.leaves_with_path(params)
     return sum(jnp.sum(jnp.square(leaf)) for path, leaf in leaves if path[-1].key == "kernel")
-
-
-def error_rate(confusion: np.ndarray) -> float:
-    return 1 - float(np.trace(confusion)) / int(confusion.sum())
-
-
-def equivariance_error(model: Model, variables, images) -> dict[str, float] | None:
-    """For a network of a group: how far its logits move, relatively, when each group element turns the images."""
-    group = getattr(model.network, "group", None)
-    if group is None:
-        return None
-    logits = jax.jit(lambda x: model.logits(variables, x, train=False))
-    errors = pdo.equivariance.error(logits, jnp.asarray(images), group).tolist()
-    return {element_name(k, matrix): error for k, (matrix, error) in enumerate(zip(group.elements, errors, strict=True))}
-
-
-def element_name(index: int, matrix: np.ndarray) -> str:
-    """In the plane "turn 45", in degrees, or "mirror 45" where axis 1 is mirrored first; elsewhere the element's index."""
-    if matrix.shape != (2, 2):
-        return f"element {index}"
-    angle = round(math.degrees(math.atan2(matrix[1, 0], matrix[0, 0]))) % 360
-    return f"{'turn' if np.linalg.det(matrix) > 0 else 'mirror'} {angle}"

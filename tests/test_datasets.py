@@ -356,22 +356,26 @@ def test_a_second_run_reuses_the_first(tmp_path, monkeypatch, cifar10, offline):
     np.testing.assert_array_equal(first.train.images, second.train.images)
 
 
-def test_of_two_preparations_at_the_same_time_the_loser_uses_the_winners(tmp_path, monkeypatch, cifar10, offline):
-    """The second preparation runs from start to end while the first is fetching."""
+def test_of_two_preparations_at_the_same_time_one_waits_and_uses_the_others(tmp_path, monkeypatch, cifar10, offline, capsys):
+    """And what a killed one has left is cleaned up."""
     put(monkeypatch, tmp_path / "manual", "CIFAR10_PINS", cifar10[-1])
-    first, inner = sources.first, []
+    (tmp_path / ".preparing-killed" / "inside").mkdir(parents=True)
+    fetch, fetched, found = builders.Cifar10.fetch, [], []
+    second = threading.Thread(target=lambda: found.append(load("cifar10", data_dir=tmp_path)))
 
-    def overtaken(*args):
-        if not inner:
-            inner.append(None)
-            inner[0] = load("cifar10", data_dir=tmp_path)
-            inner.append((tmp_path / "cifar10/1.0.0").stat().st_ino)
-        return first(*args)
+    def slow(self, *arguments, **options):
+        fetched.append(self)
+        if len(fetched) == 1:
+            second.start()
+            while "waiting for another process" not in capsys.readouterr().err:
+                assert second.is_alive()
+        return fetch(self, *arguments, **options)
 
-    monkeypatch.setattr(sources, "first", overtaken)
-    outer = load("cifar10", data_dir=tmp_path)
-    np.testing.assert_array_equal(outer.train.images, inner[0].train.images)
-    assert (tmp_path / "cifar10/1.0.0").stat().st_ino == inner[1]
+    monkeypatch.setattr(builders.Cifar10, "fetch", slow)
+    first = load("cifar10", data_dir=tmp_path)
+    second.join(60)
+    assert len(fetched) == 1 and len(found) == 1
+    np.testing.assert_array_equal(found[0].train.images, first.train.images)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "cifar10", "manual"]
 
 

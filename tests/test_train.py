@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 import pdo_jax as pdo
-from experiments import figures, saved, train
+from experiments import figures, measures, saved, train
 from experiments.baselines import MnistRotCNN, ResNetCNN
 from experiments.config import Config, piecewise
 from experiments.datasets import Dataset, Split
@@ -265,7 +265,7 @@ def test_a_network_of_a_group_reports_its_equivariance_and_shows_its_stencils():
     images = np.random.default_rng(0).random((5, 8, 8, 1), np.float32)
     errors = train.equivariance_error(model, variables, images)
     assert list(errors) == ["turn 0", "turn 90", "turn 180", "turn 270"] and max(errors.values()) < 1e-5
-    assert train.element_name(0, np.diag([1.0, -1.0])) == "mirror 0"
+    assert measures.element_name(0, np.diag([1.0, -1.0])) == "mirror 0"
     assert train.equivariance_error(train.Model(Net(), 0, 1), variables, images) is None
     kernels = figures.lifting_kernels(model.network, variables, (8, 8, 1))
     assert kernels.shape == (3, 3, 2, 4)
