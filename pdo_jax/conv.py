@@ -12,14 +12,24 @@ import numpy as np
 from flax import linen as nn
 
 from pdo_jax import kernels, lowering, operators, steerable, stencils
-from pdo_jax.fields import Representation
+from pdo_jax.fields import Representation, field_axes, group_of
 from pdo_jax.groups import Group
 from pdo_jax.lowering.channels import along
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 
 
-class _OrbitConv(nn.Module):
+class Framed(nn.Module):
+    """A module with a frame: a matrix is kept as nested tuples, by which modules can be compared and hashed."""
+
+    def __post_init__(self):
+        if isinstance(self.frame, np.ndarray | jax.Array | list):
+            object.__setattr__(self, "frame", tuple(map(tuple, np.asarray(self.frame, np.float64).tolist())) if np.ndim(
+                self.frame) == 2 else float(np.asarray(self.frame)))
+        super().__post_init__()
+
+
+class _OrbitConv(Framed):
     """What lifting and group convolution share: parameters, kernel, lowering."""
 
     features: int
@@ -37,6 +47,7 @@ class _OrbitConv(nn.Module):
     kernel_init: Callable | None = None
 
     def _convolve(self, x, lifted):
+        _check_features(self)
         group, coefficients = self.group, self.coefficients()
         bank, (channels, components) = coefficients.bank, x.shape[-2:]
         init = self.kernel_init or nn.initializers.normal(bank.scale(channels * components, rectified=lifted))
@@ -89,9 +100,11 @@ class LiftingConv(_OrbitConv):
 
     @nn.compact
     def __call__(self, x):
-        if x.ndim != self.group.dim + 2:
-            raise ValueError(f"LiftingConv of {self.group!r} takes [batch, *space, channels] with {self.group.dim} axes of "
-                             f"space, got shape {x.shape}")
+        group = group_of(self.group)
+        if x.ndim != group.dim + 2:
+            field = x.ndim == group.dim + 3 and x.shape[-1] == group.order
+            raise ValueError(f"LiftingConv of {group!r} takes [batch, *space, channels] with {group.dim} axes of space, got shape "
+                             f"{x.shape}{': a regular field goes into GroupConv' if field else ''}")
         return self._convolve(x[..., None], lifted=False)
 
 
@@ -113,7 +126,7 @@ class GroupConv(_OrbitConv):
 
     @nn.compact
     def __call__(self, x):
-        _check_field("GroupConv", x, self.group, self.group.order)
+        field_axes("GroupConv", x, self.group, scalars=False, remedy="scalars and images go into LiftingConv first")
         return self._convolve(x, lifted=True)
 
 
@@ -154,8 +167,11 @@ class PDOConv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        group = self.in_rep.group
-        _check_field("PDOConv", x, group, self.in_rep.dim)
+        _check_features(self)
+        for name, rep in (("in_rep", self.in_rep), ("out_rep", self.out_rep)):
+            if not isinstance(rep, Representation):
+                raise ValueError(f"{name} of PDOConv must be a Representation, such as fields.regular(group), got {rep!r}")
+        field_axes("PDOConv", x, self.in_rep, scalars=False, remedy="scalars are [..., channels, 1] of fields.trivial(group)")
         if self.use_bias and not self.out_rep.is_permutation:
             raise ValueError(f"a bias is equivariant only where the group permutes components, got out_rep={self.out_rep!r}")
         coefficients = self.coefficients()
@@ -169,7 +185,7 @@ class PDOConv(nn.Module):
     def coefficients(self) -> "_SteerableCoefficients":
         """The function that makes the coefficients of the layer's operators of its parameters."""
         order = min(self.kernel_size - 1, 2) if self.order is None else self.order
-        return _steerable_coefficients(self.in_rep, self.out_rep, order, self.kernel_size, self.scheme)
+        return _steerable_coefficients(self.in_rep, self.out_rep, order, self.kernel_size, stencils.same(self.scheme))
 
 
 class _SteerableCoefficients:
@@ -286,7 +302,6 @@ def _per_axis(what, value, dim, least=1, pairs=False):
     return values
 
 
-def _check_field(what, x, group, components):
-    if x.ndim != group.dim + 3 or x.shape[-1] != components:
-        raise ValueError(f"{what} of {group!r} takes [batch, *space, channels, {components}] with {group.dim} axes of space, "
-                         f"got shape {x.shape}")
+def _check_features(module):
+    if isinstance(module.features, bool) or not isinstance(module.features, int | np.integer) or module.features < 1:
+        raise ValueError(f"features of {type(module).__name__} must be an int >= 1, got {module.features!r}")

@@ -261,7 +261,8 @@ def field_axes(what: str, x, on: Group | Representation, *, scalars: bool = True
       x: an array.
       on: what the field is of.
       scalars: whether scalars are taken too.
-      permuted: whether the group must permute the values, and the ``remedy`` where it does not.
+      permuted: whether the group must permute the values.
+      remedy: what to do where it does not, or where scalars are given and not taken.
 
     Raises:
       ValueError: an x of any other shape, or a representation that mixes values.
@@ -275,8 +276,9 @@ def field_axes(what: str, x, on: Group | Representation, *, scalars: bool = True
     if scalars and x.ndim == group.dim + 2:
         return False
     also = " or scalars [batch, *space, channels]" if scalars else ""
+    hint = f": {remedy}" if remedy and not permuted and x.ndim == group.dim + 2 else ""
     raise ValueError(f"{what} of {on!r} takes a field [batch, *space, channels, {size}]{also}, with {group.dim} axes of space, "
-                     f"got shape {x.shape}")
+                     f"got shape {x.shape}{hint}")
 
 
 def orthonormal_range(vectors: np.ndarray, rank: int) -> np.ndarray:

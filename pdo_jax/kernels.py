@@ -12,6 +12,7 @@ element C). An extra frame F turns the base polynomials before the group acts: A
 import dataclasses
 import functools
 import math
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -77,11 +78,14 @@ def bank(group: Group, kernel_size: int = 5, basis="paper", scheme=stencils.cent
     Raises:
       ValueError: an even or too small size, an unknown basis, a frame that does not fit the group's dimension.
     """
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, Integral) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be an odd positive int, got {kernel_size!r}")
-    if basis != "paper" and (isinstance(basis, bool) or not isinstance(basis, int) or basis < 0):
+    if basis != "paper" and (isinstance(basis, bool) or not isinstance(basis, Integral) or basis < 0):
         raise ValueError(f'basis must be "paper" or an int >= 0 (all operators up to that order), got {basis!r}')
-    return _bank(group, kernel_size, basis, scheme, tuple(map(tuple, frame_matrix(frame, group.dim).tolist())))
+    if not isinstance(group, Group):
+        raise ValueError(f"group must be a Group, such as pdo_jax.groups.cyclic(8), got {group!r}")
+    frame = tuple(map(tuple, frame_matrix(frame, group.dim).tolist()))
+    return _bank(group, int(kernel_size), basis if basis == "paper" else int(basis), stencils.same(scheme), frame)
 
 
 def frame_matrix(frame, dim: int) -> np.ndarray:
@@ -90,6 +94,8 @@ def frame_matrix(frame, dim: int) -> np.ndarray:
     if frame.ndim == 0:
         if not np.isfinite(frame):
             raise ValueError(f"frame must be finite, got {frame}")
+        if abs(frame) > 2 * math.pi:
+            raise ValueError(f"frame is an angle in radians, from -2π to 2π, got {frame}: for degrees give math.radians({frame})")
         if frame == 0:
             return np.eye(dim)
         if dim != 2:
@@ -124,7 +130,7 @@ def _coordinates(grids, turned):
     if values[0] < 1e-12 * values[-1]:
         raise ValueError(f"the {len(grids)} stencils are linearly dependent on {grids.shape[1:]} points: use a larger "
                          "kernel_size or a lower order")
-    if pixels.shape[0] == pixels.shape[1]:
+    if len(pixels) == pixels.shape[1]:
         return np.linalg.inv(pixels)
     return vectors / np.sqrt(values) @ vectors.T
 

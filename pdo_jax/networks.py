@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pdo_jax import groups, layers, stencils, weights
-from pdo_jax.conv import GroupConv, LiftingConv
+from pdo_jax.conv import Framed, GroupConv, LiftingConv
 
 
-class MnistRotNet(nn.Module):
+class MnistRotNet(Framed):
     """A network for rotated MNIST: six 5×5 layers, 28 → 26 → 24 → 12 → 10 → 8 → 6 → 4 points, and a head.
 
     Each layer is followed by batch normalisation and ``activation``, the second by a 2×2 maximum, the others by dropout. The
@@ -70,7 +70,7 @@ class MnistRotNet(nn.Module):
         return nn.Dense(self.num_classes, use_bias=self.head != "paper", name="head")(x)
 
 
-class ResNet(nn.Module):
+class ResNet(Framed):
     """The paper's pre-activation ResNet for CIFAR, depth 6 · blocks + 2; :data:`PAPER` holds its settings by name.
 
     Three stages of ``blocks`` residual blocks of two layers; stages 2 and 3 halve the resolution, and change the width

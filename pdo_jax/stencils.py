@@ -22,13 +22,18 @@ import numpy as np
 def bank(alphas, size, scheme):
     """Stacks the stencils of several derivatives: a read-only float64 array [len(alphas), size, ..., size].
 
+    Plain `central_difference` is taken with the accuracy that the size has room for beside the highest derivative along an
+    axis: O(h^2) for order 4 on 5 points, O(h^4) for order 2 there or order 4 on 7; a partial that names one keeps it.
+
     Raises ValueError for no alphas or alphas of several lengths, and for a scheme that returns another shape or NaN.
 
     >>> bank([(1,), (2,)], 3, central_difference)
     array([[-0.5,  0. ,  0.5],
            [ 1. , -2. ,  1. ]])
     """
-    alphas = [_checked(alpha, size)[0] for alpha in alphas]
+    alphas, size = [_checked(alpha, size)[0] for alpha in alphas], int(size)
+    if scheme is central_difference and alphas:  # all that the size has room for: 2 for order 4 on 5 points, as in the paper
+        scheme = functools.partial(scheme, accuracy=max(2, size + 1 - 2 * ((max(map(max, alphas)) + 1) // 2)))
     if len({len(alpha) for alpha in alphas}) != 1:
         raise ValueError(f"bank: expected one or more multi-indices of one length, got {alphas}")
     stencils = [np.asarray(scheme(alpha, size), np.float64) for alpha in alphas]
@@ -36,6 +41,21 @@ def bank(alphas, size, scheme):
         if w.shape != (size,) * len(alpha) or not np.isfinite(w).all():
             raise ValueError(f"bank: {alpha=}, {size=} need finite weights [{size}]*{len(alpha)}; the scheme gave {w}")
     return _frozen(np.stack(stencils))
+
+
+@functools.lru_cache(maxsize=128)
+def _known(function, arguments, keywords):
+    return functools.partial(function, *arguments, **dict(keywords))
+
+
+def same(scheme):
+    """The scheme, or for a ``functools.partial`` the first that said the same, so that what is cached by it is found again."""
+    if not isinstance(scheme, functools.partial):
+        return scheme
+    try:
+        return _known(same(scheme.func), scheme.args, tuple(sorted(scheme.keywords.items())))
+    except TypeError:  # an option that cannot be hashed
+        return scheme
 
 
 def central_difference(alpha, size, *, accuracy=2):

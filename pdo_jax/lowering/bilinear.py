@@ -17,6 +17,8 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from pdo_jax.lowering.compiler import compiled_alone
+
 INPUT, WEIGHT, OUTPUT = range(3)
 
 
@@ -40,7 +42,7 @@ def apply(form: Form, a, b, slot: int = OUTPUT):
 
 def _varying(x):
     """The manual axes of ``jax.shard_map`` over which x varies."""
-    return getattr(jax.typeof(x), "vma", frozenset())
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def _compute(a, b, *, form, slot, alone):
@@ -87,7 +89,7 @@ def _batched(form, shared):
 
 
 _bilinear = Primitive("pdo_bilinear")
-_bilinear.def_impl(_compute)
+_bilinear.def_impl(lambda a, b, *, form, slot, alone: compiled_alone(form.alone if alone else form[slot])(a, b))
 _bilinear.def_abstract_eval(_abstract)
 mlir.register_lowering(_bilinear, mlir.lower_fun(_compute, multiple_results=False))
 ad.primitive_jvps[_bilinear] = _jvp
