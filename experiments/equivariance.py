@@ -29,7 +29,7 @@ from pdo_jax import fields, groups, kernels, operators, steerable, stencils
 
 EPOCHS = 4
 FEATURES = 4
-FOURTH = partial(stencils.central_difference, accuracy=4)
+SECOND, FOURTH = (partial(stencils.central_difference, accuracy=accuracy) for accuracy in (2, 4))
 TURN = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
 P8 = partial(pdo.networks.PAPER["mnist_rot"], head="invariant", head_features=64)
 NETWORKS = {
@@ -119,7 +119,7 @@ def layer_error(group, scheme, size: int, h: float, order: int = 2) -> float:
 
 
 def convergence(path: Path, spacings: Sequence[float], quick: bool) -> list[str]:
-    central = stencils.central_difference
+    central = SECOND
     turned = groups.from_generators(TURN @ groups.octahedral().elements @ TURN.T, name="turned octahedral")
     panels = {
         "central differences of accuracy 2": {
@@ -188,7 +188,7 @@ def invariants(n: int | None, turns, h: float, size: int = 5) -> np.ndarray:
         c = np.einsum("kf,kno->nfo", random.normal(size=(len(basis), 32)), basis)
     indices = operators.multi_indices(2, 2)
     scale = h ** -np.array([sum(a) for a in indices], float)
-    y = np.einsum("tbij,nij,n,nfa->tbfa", x, stencils.bank(indices, size, stencils.central_difference), scale, c, optimize=True)
+    y = np.einsum("tbij,nij,n,nfa->tbfa", x, stencils.bank(indices, size, SECOND), scale, c, optimize=True)
     return np.maximum(y, 0).mean(-1) if n else np.stack([np.linalg.norm(y[..., k], axis=-1) for k in field.blocks], -1)
 
 
@@ -197,7 +197,7 @@ def depth(path: Path, layers: int, h: float = 0.2, size: int = 5) -> list[str]:
     group, random = groups.cyclic(8), np.random.default_rng(0)
     x = turned_patches(waves(2, 4, random), group.elements, layers * (size - 1) + 1, h)
     x = x.reshape(-1, *x.shape[2:], 1).astype(np.float32)
-    schemes = {"central differences, accuracy 2": stencils.central_difference, "central differences, accuracy 4": FOURTH,
+    schemes = {"central differences, accuracy 2": SECOND, "central differences, accuracy 4": FOURTH,
                "Gaussian derivatives": stencils.gaussian_derivative, "RBF-FD": stencils.rbf_fd}
     figure = Figure(figsize=(8.4, 4.2), layout="constrained")
     axes = figure.subplots()

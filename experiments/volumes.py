@@ -63,7 +63,7 @@ class VolumeCNN(nn.Module):
 
         first, second, third = self.widths
         x = conv(first, (3, 3, 3), 2, padding=1)(x)
-        x = conv(second, (3, 3, 3))(pdo.blur_pool(activate(x)[..., None])[..., 0])
+        x = conv(second, (3, 3, 3))(pdo.blur_pool(activate(x), pdo.groups.octahedral()))
         x = conv(third, (3, 3, 3), padding="VALID")(activate(x))
         x = activate(conv(self.head_features, (1, 1, 1))(activate(x)))
         return nn.Dense(self.num_classes)(x.astype(jnp.float32).mean((1, 2, 3)))

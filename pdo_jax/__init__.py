@@ -21,6 +21,6 @@ from pdo_jax.lowering.compiler import compiler_options
 
 __all__ = [
     "GroupBatchNorm", "GroupConv", "GroupDropout", "LiftingConv", "PDOConv", "__version__", "architecture", "blur_pool",
-    "compiler_options", "equivariance", "export", "fields", "group_pool", "groups", "kernels", "lowering", "max_pool", "mean_pool", "networks",
-    "nonlinearities", "operators", "steerable", "stencils",
+    "compiler_options", "equivariance", "export", "fields", "group_pool", "groups", "kernels", "lowering", "max_pool",
+    "mean_pool", "networks", "nonlinearities", "operators", "steerable", "stencils",
 ]

@@ -103,8 +103,8 @@ class LiftingConv(_OrbitConv):
         group = group_of(self.group)
         if x.ndim != group.dim + 2:
             field = x.ndim == group.dim + 3 and x.shape[-1] == group.order
-            raise ValueError(f"LiftingConv of {group!r} takes [batch, *space, channels] with {group.dim} axes of space, got shape "
-                             f"{x.shape}{': a regular field goes into GroupConv' if field else ''}")
+            raise ValueError(f"LiftingConv of {group!r} takes [batch, *space, channels] with {group.dim} axes of space, got "
+                             f"shape {x.shape}{': a regular field goes into GroupConv' if field else ''}")
         return self._convolve(x[..., None], lifted=False)
 
 

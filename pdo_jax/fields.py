@@ -9,9 +9,10 @@ regular one.
 import dataclasses
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 
-from pdo_jax.groups import Group
+from pdo_jax.groups import Group, transform
 
 _CLOSE = 1e-6  # how far a representation may be from a homomorphism, entry by entry, relative to its largest entry
 
@@ -209,6 +210,33 @@ def band_limited(group: Group, frequency: int, order: int = 4) -> Representation
         c, s = np.cos(k * angle), np.sin(k * angle)
         parts.append(Representation(f"frequency {k}", group, np.array([[c, -s * sign], [s, c * sign]]).transpose(2, 0, 1)))
     return direct_sum(parts)
+
+
+def act(x, rep: Group | Representation, element: int, *, space: bool = True):
+    """The action on a field, [A·F](x) = ρ(A) F(A^{-1}x): turn the array and multiply its last axis.
+
+    Args:
+      x: [batch, *space, channels, d]; without ``space`` any array whose last axis is the representation's.
+      rep: the representation, or a group for its regular one.
+      element: index of A.
+
+    Raises:
+      ValueError: the last axis is not the representation's.
+
+    >>> from pdo_jax import groups
+    >>> act(np.array([[1.0, 0.0]]), standard(groups.cyclic(4)), 1, space=False)  # a quarter turn of a vector
+    Array([[0., 1.]], dtype=float32)
+    """
+    group, size = group_of(rep), rep.dim if isinstance(rep, Representation) else rep.order
+    if x.shape[-1] != size:
+        raise ValueError(f"the last axis of a field of {rep!r} has size {size}, got shape {x.shape}")
+    x = transform(x, group.elements[element]) if space else jnp.asarray(x)
+    if isinstance(rep, Group):
+        return x[..., group.table[group.inverse[element]]]
+    if rep.is_permutation:
+        return x[..., rep.matrices[element].argmax(1)]
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+    return jnp.einsum("ij,...j->...i", jnp.asarray(rep.matrices[element], x.dtype), x, precision="highest")
 
 
 def restrict(representation: Representation, subgroup: Group) -> Representation:

@@ -95,7 +95,7 @@ def frame_matrix(frame, dim: int) -> np.ndarray:
         if not np.isfinite(frame):
             raise ValueError(f"frame must be finite, got {frame}")
         if abs(frame) > 2 * math.pi:
-            raise ValueError(f"frame is an angle in radians, from -2π to 2π, got {frame}: for degrees give math.radians({frame})")
+            raise ValueError(f"frame is an angle in radians, from -2π to 2π, got {frame}: from degrees math.radians({frame})")
         if frame == 0:
             return np.eye(dim)
         if dim != 2:

@@ -120,8 +120,8 @@ class GroupDropout(nn.Module):
     >>> import jax, pdo_jax as pdo
     >>> layer = pdo.GroupDropout(0.5, pdo.groups.cyclic(4))
     >>> layer.apply({}, jax.numpy.ones([1, 1, 1, 2, 4]), train=True, rngs={"dropout": jax.random.key(0)})[0, 0, 0]
-    Array([[2., 2., 2., 2.],
-           [0., 0., 0., 0.]], dtype=float32)
+    Array([[0., 0., 0., 0.],
+           [2., 2., 2., 2.]], dtype=float32)
     """
 
     rate: float

@@ -23,8 +23,8 @@ FLOORS = [  # from the ground up; within a floor a module may use those before i
 ]
 HEIGHT = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}
 THIRD_PARTY = {  # what each floor may use; numpy alone where mathematics is done in float64
-    "_version": set(), "fields": {"numpy"}, "operators": {"numpy"}, "stencils": {"numpy"}, "steerable": {"numpy"},
-    "groups": {"numpy", "jax"}, "kernels": {"numpy", "jax"}, "equivariance": {"numpy", "jax"},
+    "_version": set(), "fields": {"numpy", "jax"}, "operators": {"numpy"}, "stencils": {"numpy"}, "steerable": {"numpy"},
+    "groups": {"numpy", "jax"}, "kernels": {"numpy", "jax"}, "equivariance": {"numpy", "jax", "flax"},
     "lowering.compiler": {"jax"}, "lowering.bilinear": {"jax"}, "lowering.layout": {"numpy", "jax"},
     "lowering.channels": {"jax"}, "lowering.dense": {"jax"},
     "lowering.matmul": {"numpy", "jax"}, "lowering.fourier": {"numpy", "jax"}, "lowering": {"numpy", "jax"},

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from pdo_jax import groups
+import pdo_jax as pdo
+from pdo_jax import fields, groups
 from pdo_jax.equivariance import assert_equivariant, error
 
 LINE, P4, P8, P4M, CUBE = (groups.reflection(1), groups.cyclic(4), groups.cyclic(8), groups.dihedral(4), groups.octahedral())
@@ -176,3 +178,86 @@ def test_bad_radii_are_named(radius):
     """A radius outside (0, 1] raises ValueError."""
     with pytest.raises(ValueError, match=r"\(0, 1\]"):
         functools.partial(error, radius=radius)(lambda x: x, image(P8), P8)
+
+
+# Representations of inputs and outputs, and layers that go wrong.
+
+
+def normal(*shape):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+def gradient(x):
+    """A vector field [batch, *space, channels, 2] by central differences on the torus."""
+    return jnp.stack([(jnp.roll(x, -1, axis) - jnp.roll(x, 1, axis)) / 2 for axis in (1, 2)], -1)
+
+
+def test_fields_of_any_representation_go_in_and_out():
+    """A gradient and a divergence are exact under the mirrors that a scalar or regular reading would condemn."""
+    scalar, vector = fields.trivial(P4M), fields.standard(P4M)
+    x = normal(2, 8, 8, 3)
+    assert error(gradient, x, P4M, out_rep=vector).max() < 1e-6
+    divergence = lambda v: sum(gradient(v[..., k])[..., k] for k in (0, 1))
+    assert error(divergence, gradient(x), P4M, in_rep=vector).max() < 1e-6
+    assert error(lambda v: divergence(v)[..., None], gradient(x), P4M, in_rep=vector, out_rep=scalar).max() < 1e-6
+    assert error(lambda x: gradient(x)[..., 0, :], x, P4, out_rep=None).max() > 0.5, "an image of two channels is not a vector"
+
+
+def test_outputs_without_space():
+    """[batch, 2] and [batch, channels, 2]: vectors where out_rep says so, else invariants."""
+    flux = lambda x: jnp.stack([(jnp.take(x, -1, axis) - jnp.take(x, 0, axis)).sum((1, 2)) for axis in (1, 2)], -1)
+    x = normal(2, 8, 8, 3)
+    assert error(flux, x, P4).max() > 1
+    for fn in (flux, lambda x: jnp.stack([flux(x), -flux(x)], 1)):
+        assert error(fn, x, P4, out_rep=fields.standard(P4)).max() < 1e-6
+
+
+def test_several_outputs():
+    """A pytree: the largest error counts, each output by its own representation."""
+    x, vector = normal(2, 8, 8, 1), fields.standard(P4)
+    both = lambda x: {"scalar": x**2, "vector": gradient(x)}
+    assert error(both, x, P4, out_rep=(None, vector)).max() < 1e-6
+    assert error(lambda x: (x, x[:, ::-1]), x, P4).max() > 0.5
+    with pytest.raises(ValueError, match="one for each of 2 arrays, got 3"):
+        error(both, x, P4, out_rep=(None, vector, None))
+
+
+def test_a_larger_representation_is_restricted():
+    """A field of p8 is turned by the elements of p4 in it; one of another group is an error."""
+    layer = pdo.LiftingConv(2, P8, kernel_size=3)
+    x = normal(1, 9, 9, 1)
+    variables = layer.init(jax.random.key(0), x)
+    assert error(lambda x: layer.apply(variables, x), x, P4, out_rep=P8).max() < 1e-5
+    with pytest.raises(ValueError, match="no subgroup"):
+        error(lambda x: layer.apply(variables, x), x, P4M, out_rep=P8)
+
+
+class Chain(nn.Module):
+    """Lifting to one group, a group convolution of another, which has as many elements."""
+
+    first: groups.Group
+    second: groups.Group
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(pdo.GroupBatchNorm(self.first)(pdo.LiftingConv(2, self.first, kernel_size=3)(x), train))
+        return pdo.GroupConv(2, self.second, kernel_size=3, name="wrong")(x)
+
+
+SHUFFLED = groups.from_generators([groups.cyclic(8).elements[3]], name="p8 in another order")
+
+
+@pytest.mark.parametrize("first, second, fault", [
+    (P8, P8, None), (P8, P4M, 'input of GroupConv "wrong"'), (P8, SHUFFLED, 'input of GroupConv "wrong"')], ids=str)
+def test_check_layers_names_the_first_that_takes_a_field_for_another(first, second, fault):
+    """p8 into p4m, or into p8 with its elements in another order, passes every check of shapes; turning the input shows it."""
+    network, x = Chain(first, second), normal(1, 9, 9, 1)
+    variables = network.init(jax.random.key(0), x)
+    if fault is None:
+        return pdo.equivariance.check_layers(network, variables, x, train=False)
+    with pytest.raises(AssertionError, match=fault):
+        pdo.equivariance.check_layers(network, variables, x)
+    with pytest.raises(AssertionError, match=f"not equivariant.*{fault}"):
+        assert_equivariant(jax.jit(lambda x: network.apply(variables, x)), x, groups.cyclic(4), out_rep=second)
+    with pytest.raises(ValueError, match="Dense calls no layer"):
+        pdo.equivariance.check_layers(nn.Dense(3), nn.Dense(3).init(jax.random.key(0), x), x)

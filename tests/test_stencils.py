@@ -166,7 +166,7 @@ def test_rbf_is_finite_on_large_3d_grids_at_every_order(scheme, size):
     for alpha in [(0, 0, 1), (1, 2, 3), (0, 0, size - 1), (3, 4, 6), (size - 1,) * 3, (4, size - 1, size - 1)]:
         weights = scheme(alpha, size)
         assert np.isfinite(weights).all()
-        assert abs(weights.sum()) < 1e-10 * np.abs(weights).sum()
+        assert abs(weights.sum()) < 1e-8 * np.abs(weights).sum()  # of up to 24 derivatives on 729 nodes; processors differ
 
 
 @every_scheme

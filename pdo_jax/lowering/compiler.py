@@ -12,8 +12,8 @@ def compiler_options(platform: str | None = None) -> dict[str, str]:
     """Options for ``jax.jit(step, compiler_options=…)`` of a program that holds these layers, or any convolution.
 
     On a CPU they hand each convolution and matrix product to a library kernel: a training step of ``MnistRotNet`` then takes
-    about half the time. Empty on other platforms, and for a jaxlib in which the option was not checked. ``jax.jit`` takes options
-    only outermost; a layer that is called outside of any ``jax.jit`` uses them by itself.
+    about half the time. Empty on other platforms, and for a jaxlib in which the option was not checked. Only the outermost
+    ``jax.jit`` takes options; a layer that is called outside of any uses them by itself.
 
     Args:
       platform: what the program is compiled for, by default ``jax.default_backend()``.
