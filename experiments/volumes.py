@@ -41,7 +41,7 @@ class VolumeNet(nn.Module):
         x = pdo.GroupConv(third, padding="VALID", **operators)(activate(x))
         x = activate(pdo.GroupConv(self.head_features, kernel_size=1, **options)(activate(x)))
         x = pdo.group_pool(x.astype(jnp.float32).mean((1, 2, 3), keepdims=True), self.group, "max")
-        return nn.Dense(self.num_classes)(x)
+        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
 
 
 class VolumeCNN(nn.Module):
