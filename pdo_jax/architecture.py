@@ -15,6 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ _DEEPEST = 50  # levels of data
 _LARGEST = 2 ** 25  # numbers in the matrices of a representation
 
 
-def to_data(network: nn.Module) -> dict:
+def to_data(network: nn.Module) -> dict[str, Any]:
     """A Flax module as JSON values.
 
     Its fields may be numbers, text, None, tuples, lists, dicts, arrays, dtypes, groups, representations, modules, subclasses of
@@ -52,7 +53,7 @@ def to_data(network: nn.Module) -> dict:
     return _write(network, type(network).__name__, {})
 
 
-def from_data(data, trust: Collection[str] = ()) -> nn.Module:
+def from_data(data: Mapping[str, Any], trust: Collection[str] = ()) -> nn.Module:
     """The network that `to_data` described, its groups equal to the bit.
 
     Args:
@@ -70,7 +71,7 @@ def from_data(data, trust: Collection[str] = ()) -> nn.Module:
     return _read(data, str(data["module"]).rpartition(".")[2], {}, frozenset(trust), 0)
 
 
-def differences(there, here) -> list[str]:
+def differences(there: nn.Module | Mapping[str, Any], here: nn.Module | Mapping[str, Any]) -> list[str]:
     """Where two networks, or their data, differ: one line for each field, empty for equal ones.
 
     Groups and representations are compared by their matrices, to 1e-9; their names are labels.

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from pdo_jax import kernels, lowering, operators, steerable, stencils
 from pdo_jax.fields import Representation, field_axes, group_of
-from pdo_jax.groups import Group
+from pdo_jax.groups import Array, Group
 from pdo_jax.lowering.channels import along
 
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -22,7 +22,7 @@ Padding = str | int | Sequence[int | tuple[int, int]]
 class Framed(nn.Module):
     """A module with a frame: a matrix is kept as nested tuples, by which modules can be compared and hashed."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.frame, np.ndarray | jax.Array | list):
             object.__setattr__(self, "frame", tuple(map(tuple, np.asarray(self.frame, np.float64).tolist())) if np.ndim(
                 self.frame) == 2 else float(np.asarray(self.frame)))
@@ -38,13 +38,13 @@ class _OrbitConv(Framed):
     strides: int | Sequence[int] = 1
     padding: Padding = "SAME"
     basis: str | int = "paper"
-    scheme: Callable = stencils.central_difference
+    scheme: stencils.Scheme = stencils.central_difference
     frame: Any = 0.0
     lowering: str = "auto"
     use_bias: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    kernel_init: Callable | None = None
+    kernel_init: Callable[..., Any] | None = None
 
     def _convolve(self, x, lifted):
         _check_features(self)
@@ -99,7 +99,7 @@ class LiftingConv(_OrbitConv):
     """
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Array) -> jax.Array:
         group = group_of(self.group)
         if x.ndim != group.dim + 2:
             field = x.ndim == group.dim + 3 and x.shape[-1] == group.order
@@ -125,7 +125,7 @@ class GroupConv(_OrbitConv):
     """
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Array) -> jax.Array:
         field_axes("GroupConv", x, self.group, scalars=False, remedy="scalars and images go into LiftingConv first")
         return self._convolve(x, lifted=True)
 
@@ -158,15 +158,15 @@ class PDOConv(nn.Module):
     kernel_size: int = 5
     strides: int | Sequence[int] = 1
     padding: Padding = "SAME"
-    scheme: Callable = stencils.central_difference
+    scheme: stencils.Scheme = stencils.central_difference
     lowering: str = "auto"
     use_bias: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    kernel_init: Callable | None = None
+    kernel_init: Callable[..., Any] | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Array) -> jax.Array:
         _check_features(self)
         for name, rep in (("in_rep", self.in_rep), ("out_rep", self.out_rep)):
             if not isinstance(rep, Representation):
@@ -192,25 +192,25 @@ class _SteerableCoefficients:
     """The basis of :func:`steerable.basis`, mixed until the kernels that it makes are orthonormal, and the stencils; as a
     function, as :class:`kernels.Coefficients`, of parameters [basis, channels, features]."""
 
-    def __init__(self, in_rep, out_rep, order, kernel_size, scheme):
+    def __init__(self, in_rep: Representation, out_rep: Representation, order: int, kernel_size: int, scheme: stencils.Scheme):
         basis = steerable.basis(in_rep, out_rep, order)
         if not len(basis):
             raise ValueError(f"there is no equivariant operator up to order {order} from {in_rep!r} to {out_rep!r}")
-        self.indices = operators.multi_indices(in_rep.group.dim, order)
-        self.stencils = stencils.bank(self.indices, kernel_size, scheme)
+        self.indices: tuple[operators.MultiIndex, ...] = operators.multi_indices(in_rep.group.dim, order)
+        self.stencils: np.ndarray = stencils.bank(self.indices, kernel_size, scheme)
         flat = self.stencils.reshape(len(self.indices), -1)
         overlap = np.tensordot(flat @ flat.T, basis, ((1,), (1,)))  # [n, k, o, c]
         gram = np.tensordot(basis, overlap, ((1, 2, 3), (0, 2, 3)))
         values, vectors = np.linalg.eigh(gram)
-        self.basis = np.tensordot(vectors / np.sqrt(values) @ vectors.T, basis, 1)
+        self.basis: np.ndarray = np.tensordot(vectors / np.sqrt(values) @ vectors.T, basis, 1)
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
-    def __call__(self, w, wanted=None):
+    def __call__(self, w: jax.Array, wanted: tuple[int, ...] | None = None) -> jax.Array:
         basis = self.basis if wanted is None else self.basis[:, :, np.array(wanted)]
         return jnp.einsum("kif,knoc->nicfo", w, jnp.asarray(basis, w.dtype))
 
     @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-    def transpose(self, c, shape, wanted=None):
+    def transpose(self, c: jax.Array, shape: tuple[int, ...], wanted: tuple[int, ...] | None = None) -> jax.Array:
         basis = self.basis if wanted is None else self.basis[:, :, np.array(wanted)]
         return jnp.einsum("nicfo,knoc->kif", c, jnp.asarray(basis, c.dtype))
 
@@ -231,7 +231,7 @@ def _apply(module, x, w, coefficients, **symmetry):
     return y
 
 
-def prepare(module, x, dim):
+def prepare(module: nn.Module, x: Array, dim: int) -> tuple[jax.Array, tuple[int, ...], tuple[tuple[int, int], ...]]:
     """x in the dtype of a layer and padded where that is periodic, its strides, and the zeros (before, after) still to add."""
     size = module.kernel_size
     strides = _per_axis("strides", module.strides, dim)
@@ -247,12 +247,12 @@ def prepare(module, x, dim):
     return x.astype(dtype), strides, padding
 
 
-def symmetry(group, bank, lifted):
+def symmetry(group: Group, bank: kernels.Bank, lifted: bool) -> dict[str, Any]:
     """What the lowerings may use of an orbit layer."""
     return {"fold": fold(group, lifted), "turn": turn(group, lifted), "span": bank.turned}
 
 
-def fold(group, lifted):
+def fold(group: Group, lifted: bool) -> lowering.Fold | None:
     """The pairs of components that the point reflection swaps, where the group holds it."""
     if group.point_reflection is None:
         return None
@@ -263,7 +263,7 @@ def fold(group, lifted):
 
 
 @functools.lru_cache(maxsize=128)
-def turn(group, lifted):
+def turn(group: Group, lifted: bool) -> lowering.Turn | None:
     """The orbits of the components under the smallest rotation of a group of the plane."""
     if group.dim != 2:
         return None

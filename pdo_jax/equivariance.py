@@ -20,8 +20,8 @@ Type = Group | Representation | None
 """What an array is: a field of a group or of a representation, or None, scalars."""
 
 
-def error(fn: Callable, x: Any, group: Group, *, in_rep: Type | Sequence[Type] = None, out_rep: Type | Sequence[Type] = None,
-          radius: float | None = None) -> np.ndarray:
+def error(fn: Callable[..., Any], x: Any, group: Group, *, in_rep: Type | Sequence[Type] = None,
+          out_rep: Type | Sequence[Type] = None, radius: float | None = None) -> np.ndarray:
     """Relative equivariance error of a function of images or fields, under every group element.
 
     With y = fn(x) and the transformed input g·x the error of g is |fn(g·x) - g·y| / |y|, in the Euclidean norm; of several
@@ -77,7 +77,7 @@ def error(fn: Callable, x: Any, group: Group, *, in_rep: Type | Sequence[Type] =
         return np.array(result)
 
 
-def assert_equivariant(fn: Callable, x: Any, group: Group, *, in_rep: Type | Sequence[Type] = None,
+def assert_equivariant(fn: Callable[..., Any], x: Any, group: Group, *, in_rep: Type | Sequence[Type] = None,
                        out_rep: Type | Sequence[Type] = None, atol: float = 1e-5, radius: float | None = None) -> None:
     """Raises AssertionError, naming the elements, unless fn is equivariant within ``atol`` under those that preserve the grid.
 
@@ -95,7 +95,7 @@ def assert_equivariant(fn: Callable, x: Any, group: Group, *, in_rep: Type | Seq
 
 
 def check_layers(network: nn.Module, variables: Any, x: Any, *, group: Group | None = None,
-                 in_rep: Type | Sequence[Type] = None, atol: float = 1e-4, **options) -> None:
+                 in_rep: Type | Sequence[Type] = None, atol: float = 1e-4, **options: Any) -> None:
     """Follows a network through its layers and names the first whose input or output does not transform as it should.
 
     Arrays carry no type: a field of p8 fits into a layer of p4m, which has as many elements, and only turning the input shows

@@ -6,7 +6,8 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,13 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from pdo_jax import conv, lowering
 from pdo_jax._version import __version__
 from pdo_jax.conv import GroupConv, LiftingConv, PDOConv
 from pdo_jax.fields import group_of
+from pdo_jax.groups import Array
 from pdo_jax.layers import GroupBatchNorm
 from pdo_jax.weights import load, save
 
@@ -27,7 +30,8 @@ __all__ = ["Plain", "about", "from_stablehlo", "load", "save", "to_plain", "to_s
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-def to_plain(network, variables, shape, *, dtype=jnp.float32):
+def to_plain(network: nn.Module, variables: Mapping[str, Any], shape: Sequence[int | None], *,
+             dtype: DTypeLike = jnp.float32) -> tuple["Plain", dict[str, Any]]:
     """Folds a trained network into plain convolutions and merges batch norms into them, for inference.
 
     ``plain.apply(plain_variables, x)`` equals ``network.apply(variables, x, train=False)``; a network whose ``__call__`` has no
@@ -100,10 +104,10 @@ class Plain(nn.Module):
     network: nn.Module
     lowering: str = "dense"
 
-    def setup(self):
+    def setup(self) -> None:
         nn.share_scope(self, self.network)
 
-    def __call__(self, x):
+    def __call__(self, x: Array) -> jax.Array:
         standard = lowering.portable() if self.lowering == "dense" else contextlib.nullcontext()
         with standard, nn.intercept_methods(functools.partial(_run, self.lowering)):
             return self.network(x, **_inference(self.network))
@@ -112,7 +116,8 @@ class Plain(nn.Module):
 # To a file
 
 
-def to_stablehlo(network, variables, shape, *, dtype=jnp.float32, platforms=PLATFORMS) -> bytes:
+def to_stablehlo(network: nn.Module, variables: Mapping[str, Any], shape: Sequence[int | None], *,
+                 dtype: DTypeLike = jnp.float32, platforms: Sequence[str] = PLATFORMS) -> bytes:
     """A network at inference as the bytes of one file: a program of a batch of inputs, its variables baked in as constants.
 
     The bytes are those of ``jax.export``, which ``jax.export.deserialize`` reads too, and behind them a line of JSON with
@@ -148,7 +153,7 @@ def to_stablehlo(network, variables, shape, *, dtype=jnp.float32, platforms=PLAT
     return data + _checksum(data)
 
 
-def from_stablehlo(data: bytes):
+def from_stablehlo(data: bytes) -> Callable[[Array], jax.Array]:
     """The function of a batch of inputs in a file of :func:`to_stablehlo`. Trust it first: it can call whatever jax can.
 
     Raises:
@@ -162,7 +167,7 @@ def from_stablehlo(data: bytes):
     return jax.jit(export.deserialize(bytearray(data)).call)
 
 
-def about(data: bytes) -> dict:
+def about(data: bytes) -> dict[str, Any]:
     """What a file of :func:`to_stablehlo` says of itself: versions of pdo_jax and jax, platforms, shape and dtype of the input.
 
     Raises:

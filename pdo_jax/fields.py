@@ -8,12 +8,17 @@ regular one.
 
 import dataclasses
 import functools
+from collections.abc import Iterable
+from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
-from pdo_jax.groups import Group, transform
+from pdo_jax.groups import Array, Group, transform
 
+_Field = TypeVar("_Field", bound=Array)
 _CLOSE = 1e-6  # how far a representation may be from a homomorphism, entry by entry, relative to its largest entry
 
 
@@ -38,7 +43,7 @@ class Representation:
     group: Group
     matrices: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "matrices", _checked(self.name, self.group, self.matrices))
         self.matrices.setflags(write=False)
 
@@ -72,15 +77,15 @@ class Representation:
         return tuple(Representation(f"block {k} of {self.name}", self.group, self.matrices[:, block][:, :, block])
                      for k, block in enumerate(self.blocks))
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return (isinstance(other, Representation) and self.group == other.group
                 and self.matrices.shape == other.matrices.shape
                 and bool(np.allclose(self.matrices, other.matrices, atol=1e-9)))
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((self.group, self.dim))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Representation({self.name} of {self.group!r}, dim={self.dim})"
 
 
@@ -104,7 +109,7 @@ def regular(group: Group) -> Representation:
     return dataclasses.replace(quotient(group, [0]), name="regular")
 
 
-def quotient(group: Group, subgroup) -> Representation:
+def quotient(group: Group, subgroup: Group | ArrayLike) -> Representation:
     """Functions on the cosets AH of a subgroup H, (ρ(R) F)(AH) = F(R^{-1}AH).
 
     Args:
@@ -127,7 +132,7 @@ def quotient(group: Group, subgroup) -> Representation:
     return Representation(f"quotient by {len(members)} elements", group, matrices)
 
 
-def direct_sum(representations) -> Representation:
+def direct_sum(representations: Iterable[Representation]) -> Representation:
     """Several fields side by side: ρ = ρ_1 ⊕ ρ_2 ⊕ …, block diagonal. Raises ValueError if their groups differ."""
     representations = list(representations)
     if not representations:
@@ -212,7 +217,7 @@ def band_limited(group: Group, frequency: int, order: int = 4) -> Representation
     return direct_sum(parts)
 
 
-def act(x, rep: Group | Representation, element: int, *, space: bool = True):
+def act(x: Array, rep: Group | Representation, element: int, *, space: bool = True) -> jax.Array:
     """The action on a field, [A·F](x) = ρ(A) F(A^{-1}x): turn the array and multiply its last axis.
 
     Args:
@@ -249,7 +254,7 @@ def restrict(representation: Representation, subgroup: Group) -> Representation:
     return Representation(f"{representation.name} of {representation.group.name}", subgroup, representation.matrices[members])
 
 
-def restrict_regular(x, group: Group, subgroup: Group):
+def restrict_regular(x: _Field, group: Group, subgroup: Group) -> _Field:
     """A regular field of a group as regular fields of a subgroup H: F_k(h) = F(h a_k) on the cosets H a_k.
 
     Args:
@@ -278,7 +283,7 @@ def group_of(on: Group | Representation) -> Group:
     raise ValueError(f"expected a Group, such as pdo_jax.groups.cyclic(8), or a Representation, got {on!r}")
 
 
-def field_axes(what: str, x, on: Group | Representation, *, scalars: bool = True, permuted: bool = False,
+def field_axes(what: str, x: Array, on: Group | Representation, *, scalars: bool = True, permuted: bool = False,
                remedy: str = "") -> bool:
     """Whether x is a field [batch, *space, channels, d], and not one of scalars [batch, *space, channels].
 

@@ -17,6 +17,7 @@ from numbers import Integral
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pdo_jax import operators, stencils
 from pdo_jax.groups import Group
@@ -56,7 +57,8 @@ class Bank:
         return math.sqrt((2 if rectified else 1) / (fan_in * self.energy(rectified).mean()))
 
 
-def bank(group: Group, kernel_size: int = 5, basis="paper", scheme=stencils.central_difference, frame=0.0) -> Bank:
+def bank(group: Group, kernel_size: int = 5, basis: str | int = "paper", scheme: stencils.Scheme = stencils.central_difference,
+         frame: ArrayLike = 0.0) -> Bank:
     """The operator bank of a group.
 
     Where the base operators span all kernels of a smaller box (the paper's nine: 3×3), the parameters w are those pixels,
@@ -88,7 +90,7 @@ def bank(group: Group, kernel_size: int = 5, basis="paper", scheme=stencils.cent
     return _bank(group, int(kernel_size), basis if basis == "paper" else int(basis), stencils.same(scheme), frame)
 
 
-def frame_matrix(frame, dim: int) -> np.ndarray:
+def frame_matrix(frame: ArrayLike, dim: int) -> np.ndarray:
     """The frame as a dim×dim matrix: an angle t stands for the rotation that turns axis 0 towards axis 1 by t radians."""
     frame = np.asarray(frame, np.float64)
     if frame.ndim == 0:
@@ -148,15 +150,15 @@ class Coefficients:
     group: Group | None = None
 
     @property
-    def stencils(self):
+    def stencils(self) -> np.ndarray:
         return self.bank.stencils
 
     @property
-    def indices(self):
+    def indices(self) -> tuple[operators.MultiIndex, ...]:
         return self.bank.indices
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
-    def __call__(self, w, wanted: tuple[int, ...] | None = None):
+    def __call__(self, w: jax.Array, wanted: tuple[int, ...] | None = None) -> jax.Array:
         turned, relative = self._turned(wanted, w.dtype)
         if self.group is None:
             return jnp.einsum("picf,apn->nicfa", w, turned)
@@ -164,7 +166,7 @@ class Coefficients:
         return _permuted(c, relative).transpose(0, 1, 4, 2, 3)
 
     @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-    def transpose(self, c, shape: tuple[int, ...], wanted: tuple[int, ...] | None = None):
+    def transpose(self, c: jax.Array, shape: tuple[int, ...], wanted: tuple[int, ...] | None = None) -> jax.Array:
         """The transpose, from coefficients to parameters of this shape: a permutation again, where JAX would scatter."""
         turned, relative = self._turned(wanted, c.dtype)
         if self.group is None:

@@ -7,6 +7,7 @@ Each is told what it acts on: a :class:`~pdo_jax.groups.Group`, for its regular 
 
 import functools
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from pdo_jax.fields import Representation, field_axes, group_of
-from pdo_jax.groups import Group
+from pdo_jax.groups import Array, Group
 from pdo_jax.lowering.channels import inner, scale
 from pdo_jax.lowering.layout import arranged, on_platform, restore, view
 
@@ -54,7 +55,7 @@ class GroupBatchNorm(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x: Array, train: bool) -> jax.Array:
         scalars = not field_axes("GroupBatchNorm", x, self.group, permuted=True, remedy="use nonlinearities.FieldBatchNorm")
         x = floating(x[..., None] if scalars else x)
         shape = x.shape[-2:-1]
@@ -72,7 +73,7 @@ class GroupBatchNorm(nn.Module):
         return y[..., 0] if scalars else y
 
 
-def moments(x, axis_name=None):
+def moments(x: jax.Array, axis_name: str | None = None) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(x - pivot, pivot, mean of x - pivot, variance), each [channels] but the first.
 
     The pivot is the mean over one row of one component: any value near the data makes the difference of squares
@@ -84,13 +85,13 @@ def moments(x, axis_name=None):
     return x, pivot, first, jnp.maximum(mean(x, x, axis_name) - first * first, 0)
 
 
-def mean(x, y, axis_name):
+def mean(x: jax.Array, y: jax.Array, axis_name: str | None) -> jax.Array:
     """[channels]: the mean of x · y; 0 where there is nothing to average."""
     result = inner(x, y) / max(x.size // x.shape[-2], 1)
     return result if axis_name is None else jax.lax.pmean(result, axis_name)
 
 
-def update(module, running, batch):
+def update(module: nn.Module, running: Mapping[str, nn.Variable[Any]], batch: Mapping[str, jax.Array]) -> None:
     """Moves running averages, by name, towards the values of a batch."""
     if not module.is_initializing():
         for name, variable in running.items():
@@ -98,7 +99,7 @@ def update(module, running, batch):
             variable.value = value
 
 
-def floating(x):
+def floating(x: Array) -> jax.Array:
     """Whole numbers, and truth values, become float32."""
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
 
@@ -129,7 +130,7 @@ class GroupDropout(nn.Module):
     channels: bool = False
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x: Array, train: bool) -> jax.Array:
         if not 0 <= self.rate < 1:
             raise ValueError(f"the rate of GroupDropout must lie in [0, 1), got {self.rate}")
         scalars = not field_axes("GroupDropout", x, self.group)
@@ -144,7 +145,7 @@ class GroupDropout(nn.Module):
         return y[..., 0] if scalars else y
 
 
-def max_pool(x, group: Group | Representation, window: int = 2, strides: int | None = None):
+def max_pool(x: Array, group: Group | Representation, window: int = 2, strides: int | None = None) -> jax.Array:
     """Maximum over windows of space, aligned so that every transformation that maps the grid to itself is kept exactly.
 
     Windows must tile the axis symmetrically: where (size - window) is no multiple of the stride, the window grows by the
@@ -220,7 +221,7 @@ def _in_view(function, *fields):
     return on_platform(cpu, lambda *fields: function(*fields, 1))(*fields)
 
 
-def mean_pool(x, group: Group | Representation, window: int = 2, strides: int | None = None):
+def mean_pool(x: Array, group: Group | Representation, window: int = 2, strides: int | None = None) -> jax.Array:
     """Mean over windows of space, summed in float32; arguments and alignment as for :func:`max_pool`, any representation."""
     scalars = not field_axes("mean_pool", x, group)
     window, strides = _window(x, group, window, strides)
@@ -234,7 +235,7 @@ def mean_pool(x, group: Group | Representation, window: int = 2, strides: int | 
     return y[..., 0] if scalars else y
 
 
-def blur_pool(x, group: Group | Representation):
+def blur_pool(x: Array, group: Group | Representation) -> jax.Array:
     """Halves the resolution behind a binomial blur (Zhang, ICML 2019), which damps what the coarser grid cannot carry.
 
     The blur is [1 3 3 1] / 8 on even axes and [1 2 1] / 4 on odd ones, so that it stays symmetric; the weights are divided by
@@ -264,7 +265,7 @@ def blur_pool(x, group: Group | Representation):
     return y.astype(x.dtype)
 
 
-def group_pool(x, group: Group | Representation, reduce: str = "mean"):
+def group_pool(x: Array, group: Group | Representation, reduce: str = "mean") -> jax.Array:
     """Mean or maximum over the group: a regular field becomes a scalar one, [batch, *space, channels].
 
     Args:

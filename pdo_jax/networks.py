@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from pdo_jax import groups, layers, stencils, weights
 from pdo_jax.conv import Framed, GroupConv, LiftingConv
+from pdo_jax.groups import Array
 
 
 class MnistRotNet(Framed):
@@ -40,16 +42,16 @@ class MnistRotNet(Framed):
     head: str = "invariant"
     head_features: int = 96
     dropout: float = 0.2
-    activation: Callable = nn.silu
+    activation: Callable[[jax.Array], jax.Array] = nn.silu
     basis: str | int = 2
-    scheme: Callable = functools.partial(stencils.gaussian_derivative, sigma=1.0)
+    scheme: stencils.Scheme = functools.partial(stencils.gaussian_derivative, sigma=1.0)
     frame: Any = 0.0
     lowering: str = "auto"
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x, train: bool = False):
+    def __call__(self, x: Array, train: bool = False) -> jax.Array:
         if self.head not in ("paper", "invariant"):
             raise ValueError(f'head must be "paper" or "invariant", got {self.head!r}')
         options = dict(group=self.group, lowering=self.lowering, dtype=self.dtype, scheme=self.scheme)
@@ -97,14 +99,14 @@ class ResNet(Framed):
     invariant: bool = False
     kernel_size: int = 5
     basis: str | int = "paper"
-    scheme: Callable = stencils.central_difference
+    scheme: stencils.Scheme = stencils.central_difference
     frame: Any = 0.0
     lowering: str = "auto"
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x, train: bool = False):
+    def __call__(self, x: Array, train: bool = False) -> jax.Array:
         if self.downsample not in ("stride", "pool"):
             raise ValueError(f'downsample must be "stride" or "pool", got {self.downsample!r}')
         options = dict(group=self.group, lowering=self.lowering, dtype=self.dtype, scheme=self.scheme)
@@ -130,7 +132,7 @@ class ResNet(Framed):
         return nn.Dense(self.num_classes, name="head")(x.reshape(x.shape[0], -1))
 
 
-PAPER = {
+PAPER: dict[str, Callable[..., nn.Module]] = {
     "mnist_rot": functools.partial(MnistRotNet, group=groups.cyclic(8), features=7, head="paper", dropout=0.2,
                                    activation=nn.relu, basis="paper", scheme=stencils.central_difference,
                                    frame=math.pi / 8),  # 26 747
@@ -155,7 +157,7 @@ class Normalised(nn.Module):
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
 
-    def __call__(self, x, train: bool = False):
+    def __call__(self, x: Array, train: bool = False) -> jax.Array:
         return self.inner((x - jnp.asarray(self.mean)) / jnp.asarray(self.deviation), train)
 
 
@@ -168,13 +170,13 @@ class Pretrained(NamedTuple):
     licence: str
 
 
-PRETRAINED = {
+PRETRAINED: dict[str, Pretrained] = {
     "mnist_rot_best": Pretrained(21_142, 0.01138, "mnist_rot/regenerated", "MIT"),
 }
 """The trained networks by name; see ``docs/models.md``."""
 
 
-def load_pretrained(name: str):
+def load_pretrained(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """A trained network and its variables; the network takes images in [0, 1] as they are, [batch, *space, channels].
 
     Args:

@@ -15,11 +15,12 @@ import numpy as np
 from flax import linen as nn
 
 from pdo_jax.fields import Representation, direct_sum, field_axes, trivial
+from pdo_jax.groups import Array
 from pdo_jax.layers import GroupBatchNorm, floating, mean, update
 from pdo_jax.lowering.channels import along, scale
 
 
-def pointwise(rep: Representation, fn: Callable = nn.relu) -> Callable:
+def pointwise(rep: Representation, fn: Callable[[jax.Array], jax.Array] = nn.relu) -> Callable[[jax.Array], jax.Array]:
     """The function itself, for a representation that permutes values: trivial, regular, quotients and their direct sums.
 
     Raises:
@@ -59,7 +60,7 @@ class FieldBatchNorm(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x: Array, train: bool) -> jax.Array:
         _check("FieldBatchNorm", self.rep, x)
         options = dict(momentum=self.momentum, epsilon=self.epsilon, axis_name=self.axis_name, dtype=self.dtype)
         parts = []
@@ -95,10 +96,10 @@ class NormNonlinearity(nn.Module):
 
     rep: Representation
     epsilon: float = 1e-5
-    bias_init: Callable = nn.initializers.zeros
+    bias_init: Callable[..., Any] = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Array) -> jax.Array:
         _check("NormNonlinearity", self.rep, x)
         bias = self.param("bias", self.bias_init, (x.shape[-2], len(self.rep.blocks)), jnp.float32)
         parts, x = [], floating(x)
@@ -134,7 +135,7 @@ class GatedNonlinearity(nn.Module):
     def in_rep(self) -> Representation:
         return direct_sum([self.rep] + [trivial(self.rep.group)] * len(self.rep.blocks))
 
-    def __call__(self, x):
+    def __call__(self, x: Array) -> jax.Array:
         field_axes("GatedNonlinearity", x, self.in_rep, scalars=False)
         gates = jax.nn.sigmoid(x[..., self.rep.dim:])
         return _joined(self.rep, [part * gates[..., k, None] for k, (part, _) in enumerate(_split(self.rep, x))])

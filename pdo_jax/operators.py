@@ -9,6 +9,7 @@ import functools
 import itertools
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 MultiIndex = tuple[int, ...]
 
@@ -31,7 +32,7 @@ def paper_basis(dim: int, kernel_size: int) -> tuple[MultiIndex, ...]:
     return tuple(a for a in multi_indices(dim, min(kernel_size - 1, 2 * dim)) if max(a) <= 2)
 
 
-def action(matrices, order: int) -> np.ndarray:
+def action(matrices: ArrayLike, order: int) -> np.ndarray:
     """T(A), the matrices by which orthogonal A act on the coefficients of operators up to an order.
 
     Row α of T(A) holds the coefficients of Π_i (Σ_j A_{ji} ∂_j)^{α_i}, so that p(A^{-1}∇) has the coefficients c T(A).

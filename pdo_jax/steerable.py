@@ -77,7 +77,7 @@ def basis(in_rep: Representation, out_rep: Representation, order: int) -> np.nda
     return result
 
 
-def average_solutions(turn, out, into):
+def average_solutions(turn: np.ndarray, out: np.ndarray, into: np.ndarray) -> np.ndarray:
     """The solutions for any matrices: random operators u p(∇) v, averaged over the group.
 
     Args:
@@ -103,7 +103,7 @@ def average_solutions(turn, out, into):
     return np.where(np.abs(h) < 1e-13, 0.0, h).reshape(size)
 
 
-def orbit_solutions(turn, out, into):
+def orbit_solutions(turn: np.ndarray, out: np.ndarray, into: np.ndarray) -> np.ndarray:
     """The same for permutations: H_{Ai,Aj} = p(A^{-1}∇), with p for one pair (i, j) of each orbit, kept by its stabiliser."""
     image = out.argmax(1)[:, :, None] * into.shape[1] + into.argmax(2)[:, None, :]  # [A, i, j] -> number of the pair (Ai, Aj)
     result = []

@@ -13,13 +13,16 @@ flips and axis swaps their weights change exactly as d^alpha does, to the last b
 import functools
 import itertools
 import math
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from numbers import Integral, Real
 
 import numpy as np
 
+Scheme = Callable[[tuple[int, ...], int], np.ndarray]
 
-def bank(alphas, size, scheme):
+
+def bank(alphas: Iterable[Sequence[int]], size: int, scheme: Scheme) -> np.ndarray:
     """Stacks the stencils of several derivatives: a read-only float64 array [len(alphas), size, ..., size].
 
     Plain `central_difference` is taken with the accuracy that the size has room for beside the highest derivative along an
@@ -48,7 +51,7 @@ def _known(function, arguments, keywords):
     return functools.partial(function, *arguments, **dict(keywords))
 
 
-def same(scheme):
+def same(scheme: Scheme) -> Scheme:
     """The scheme, or for a ``functools.partial`` the first that said the same, so that what is cached by it is found again."""
     if not isinstance(scheme, functools.partial):
         return scheme
@@ -58,7 +61,7 @@ def same(scheme):
         return scheme
 
 
-def central_difference(alpha, size, *, accuracy=2):
+def central_difference(alpha: Sequence[int], size: int, *, accuracy: int = 2) -> np.ndarray:
     """Central differences: the tensor product over axes of the narrowest 1-D stencils with error O(h^accuracy).
 
     The stencil of the d-th derivative on the points k = -m .. m, m = (d + 1) // 2 + accuracy / 2 - 1, solves the Taylor
@@ -79,7 +82,7 @@ def central_difference(alpha, size, *, accuracy=2):
     return _tensor_product(np.pad(w, (size - len(w)) // 2) for w in narrow)
 
 
-def gaussian_derivative(alpha, size, *, sigma=None):
+def gaussian_derivative(alpha: Sequence[int], size: int, *, sigma: float | None = None) -> np.ndarray:
     """Derivatives of a Gaussian of width sigma: the tensor product over axes of discrete Gauss-Hermite stencils.
 
     The d-th derivative of a Gaussian is the Gaussian times a polynomial, and orthogonal to those of lower degree. A few
@@ -103,7 +106,8 @@ def gaussian_derivative(alpha, size, *, sigma=None):
     return _tensor_product(_gauss_hermite(d, size, float(sigma)) for d in alpha)
 
 
-def rbf_fd(alpha, size, *, kernel="gaussian", shape=None, degree=None):
+def rbf_fd(alpha: Sequence[int], size: int, *, kernel: str = "gaussian", shape: float | None = None,
+           degree: int | None = None) -> np.ndarray:
     """RBF-FD: exact on radial functions phi_j(x) = phi(|x - x_j|) centred at the nodes x_j, and on polynomials.
 
     The weights solve the saddle-point system of the kernel and of all monomials x^b of total degree <= degree:

@@ -8,8 +8,9 @@ imported itself; nothing is unpickled or executed.
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import linen as nn
@@ -23,7 +24,7 @@ from pdo_jax._version import __version__
 FORMAT = "pdo_jax network, version 1"
 
 
-def save(path, network: nn.Module, variables):
+def save(path: str | os.PathLike[str], network: nn.Module, variables: Mapping[str, Any]) -> None:
     """Writes a network and its variables, the whole file or nothing of it.
 
     Args:
@@ -57,7 +58,8 @@ def save(path, network: nn.Module, variables):
         partial.unlink(missing_ok=True)
 
 
-def load(path, network: nn.Module | None = None, trust: Collection[str] = ()):
+def load(path: str | os.PathLike[str], network: nn.Module | None = None,
+         trust: Collection[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
     """Reads what :func:`save` wrote.
 
     Args:

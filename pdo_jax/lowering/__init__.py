@@ -20,12 +20,13 @@ two adjoints (module ``bilinear``), so that all of them can be differentiated in
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from pdo_jax.lowering import bilinear
 from pdo_jax.lowering.compiler import compiler_options
@@ -72,11 +73,11 @@ class Given:
     Others are linear functions of w, hashable, with the same two methods; they may have ``kernel(w)`` and its transpose
     ``kernel_transpose(kernel, shape)`` too, if they know the dense kernel better than :func:`expand` of the coefficients."""
 
-    def __call__(self, w, wanted=None):
+    def __call__(self, w: jax.Array, wanted: tuple[int, ...] | None = None) -> jax.Array:
         """[operators, channels, components, features, out components], of those that are wanted: a tuple, or None for all."""
         return w if wanted is None else take(w, wanted, -1)
 
-    def transpose(self, c, shape, wanted=None):
+    def transpose(self, c: jax.Array, shape: tuple[int, ...], wanted: tuple[int, ...] | None = None) -> jax.Array:
         """The transpose, for a w of this shape."""
         if wanted is None:
             return c
@@ -91,55 +92,55 @@ GIVEN = Given()
 class Layer:
     """All that a lowering needs to know of a layer, hashable; ``shape`` is [*space, channels, components] of its input."""
 
-    coefficients: Callable
-    frozen_stencils: tuple
-    indices: tuple
+    coefficients: Any
+    frozen_stencils: tuple[Any, ...]
+    indices: tuple[tuple[int, ...], ...]
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     fold: Fold | None
     turn: Turn | None
-    frozen_span: tuple | None
+    frozen_span: tuple[Any, ...] | None
     shape: tuple[int, ...]
     weights: tuple[int, ...]
     weight_dtype: Any
 
     @functools.cached_property
-    def stencils(self):
+    def stencils(self) -> np.ndarray:
         return thawed(self.frozen_stencils)
 
     @functools.cached_property
-    def span(self):
+    def span(self) -> np.ndarray | None:
         return self.frozen_span and thawed(self.frozen_span)
 
     @property
-    def size(self):
+    def size(self) -> int:
         return self.stencils.shape[1]
 
     @property
-    def space(self):
+    def space(self) -> tuple[int, ...]:
         return self.shape[:-2]
 
     @property
-    def inputs(self):
+    def inputs(self) -> tuple[int, ...]:
         """(channels, components)"""
         return self.shape[-2:]
 
     @functools.cached_property
-    def outputs(self):
+    def outputs(self) -> tuple[int, ...]:
         """(features, out components)"""
         return jax.eval_shape(self.coefficients, jax.ShapeDtypeStruct(self.weights, self.weight_dtype)).shape[-2:]
 
-    def kernel(self, w):
+    def kernel(self, w: jax.Array) -> jax.Array:
         """[k, …, k, channels · components, features · out components]"""
         if hasattr(self.coefficients, "kernel"):
             return self.coefficients.kernel(w)
         return expand(self.coefficients(w), self.stencils)
 
-    def pull_back(self, c, wanted=None):
+    def pull_back(self, c: jax.Array, wanted: tuple[int, ...] | None = None) -> jax.Array:
         """The adjoint of the coefficients."""
         return self.coefficients.transpose(c, self.weights, wanted).astype(self.weight_dtype)
 
-    def pull_back_kernel(self, kernel):
+    def pull_back_kernel(self, kernel: jax.Array) -> jax.Array:
         """The adjoint of :meth:`kernel`."""
         if hasattr(self.coefficients, "kernel"):
             return self.coefficients.kernel_transpose(kernel, self.weights).astype(self.weight_dtype)
@@ -149,8 +150,9 @@ class Layer:
         return self.pull_back(jnp.tensordot(stencils, kernel, (space, space)))
 
 
-def convolve(x, w, stencils, indices, *, strides, padding, coefficients=None, lowering="auto", fold=None, turn=None,
-             span=None, dtype=None):
+def convolve(x: jax.Array, w: jax.Array, stencils: np.ndarray, indices: Sequence[tuple[int, ...]], *, strides: Sequence[int],
+             padding: Sequence[tuple[int, int]], coefficients: Any = None, lowering: str = "auto", fold: Fold | None = None,
+             turn: Turn | None = None, span: np.ndarray | None = None, dtype: DTypeLike | None = None) -> jax.Array:
     """Applies a PDO-eConv.
 
     y[b, X, o, A] = Σ_n Σ_{i, C} coefficients[n, i, C, o, A] Σ_K stencils[n, K] x[b, strides · X + K - padding, i, C].
@@ -187,7 +189,7 @@ def convolve(x, w, stencils, indices, *, strides, padding, coefficients=None, lo
     return bilinear.apply(_form(lowering, layer, x.dtype), x, w)
 
 
-def check_lowering(lowering, turn):
+def check_lowering(lowering: str, turn: Turn | None) -> None:
     """ValueError for an unknown lowering, and for "fourier" without a ``turn``."""
     if lowering not in LOWERINGS:
         raise ValueError(f"lowering must be one of {LOWERINGS}, got {lowering!r}")
@@ -195,7 +197,7 @@ def check_lowering(lowering, turn):
         raise ValueError('lowering "fourier" needs an orbit layer of a group of the plane; use "matmul", "dense" or "auto"')
 
 
-def check_fit(size, space, padding):
+def check_fit(size: int, space: Sequence[int], padding: Sequence[tuple[int, int]]) -> None:
     """ValueError for a kernel that is larger than the padded input."""
     if any(s + sum(p) < size for s, p in zip(space, padding, strict=True)):
         raise ValueError(f"a kernel of size {size} does not fit an input of shape {space} padded by {padding}")
@@ -227,7 +229,7 @@ def _compiled(way):
     return bilinear.Form(jax.jit(way.input), jax.jit(way.weight), output, output)
 
 
-def on_cpu(size, dtype, turn):
+def on_cpu(size: float, dtype: np.dtype, turn: Turn | None) -> tuple[str, str]:
     """What "auto" takes on a CPU for so many channels · components: forward alone, and where it is differentiated."""
     if dtype.itemsize not in CROSSOVER:
         return "dense", "dense"

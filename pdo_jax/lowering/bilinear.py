@@ -33,7 +33,7 @@ class Form(NamedTuple):
     alone: Callable
 
 
-def apply(form: Form, a, b, slot: int = OUTPUT):
+def apply(form: Form, a: jax.Array, b: jax.Array, slot: int = OUTPUT) -> jax.Array:
     """One of the functions of the other two arguments, by default y(x, w)."""
     axes = frozenset().union(*(_varying(v) for v in (a, b)))
     a, b = (jax.lax.pcast(v, tuple(axes - _varying(v)), to="varying") if axes - _varying(v) else v for v in (a, b))

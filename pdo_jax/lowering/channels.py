@@ -12,17 +12,17 @@ from pdo_jax.lowering import bilinear
 from pdo_jax.lowering.layout import is_portable, on_platform, replicated, restore, view
 
 
-def scale(x, factor):
+def scale(x: jax.Array, factor: jax.Array) -> jax.Array:
     """x [batch, *space, channels, d] times factor [channels]."""
     return _scale(x, factor) if is_portable() else bilinear.apply(_FORM, x, factor)
 
 
-def inner(x, y):
+def inner(x: jax.Array, y: jax.Array) -> jax.Array:
     """[channels]: the sum of x · y over batch, space and d."""
     return _inner(x, y) if is_portable() else bilinear.apply(_FORM, x, y, bilinear.WEIGHT)
 
 
-def along(values, x):
+def along(values: jax.Array, x: jax.Array) -> jax.Array:
     """Values [channels] with the axes of a field, for what is not differentiated or has no sum in its derivative."""
     return values.reshape(*[1] * (x.ndim - 2), -1, 1)
 

@@ -2,6 +2,8 @@
 
 import functools
 import importlib.metadata
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -29,6 +31,6 @@ def compiler_options(platform: str | None = None) -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=512)
-def compiled_alone(function):
+def compiled_alone(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function compiled by itself, with these options."""
     return jax.jit(function, compiler_options=compiler_options())

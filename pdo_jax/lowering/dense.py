@@ -1,18 +1,22 @@
 """The "dense" lowering: expands the kernel and calls XLA's convolution, in any dimension."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pdo_jax.lowering.layout import around, replicated
 
 
-def convolve(x, kernel, strides, padding):
+def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> jax.Array:
     """[batch, *space, channels, components] and [k, …, k, channels · components, n] -> [batch, *space', n]."""
     return jax.lax.conv_general_dilated(_flat(x), kernel.astype(x.dtype), strides, padding,
                                         dimension_numbers=_numbers(len(strides)))
 
 
-def expand(coefficients, stencils):
+def expand(coefficients: jax.Array, stencils: ArrayLike) -> jax.Array:
     """The dense kernel [k, …, k, channels · components, features · out components] of a layer."""
     kernel = jnp.tensordot(jnp.asarray(stencils, coefficients.dtype), coefficients, ((0,), (0,)))
     *size, channels, components, features, out = kernel.shape
@@ -20,14 +24,14 @@ def expand(coefficients, stencils):
 
 
 class Dense:
-    def __init__(self, layer):
+    def __init__(self, layer: Any):
         self.layer, self.dim = layer, len(layer.strides)
 
-    def output(self, x, w):
+    def output(self, x: jax.Array, w: jax.Array) -> jax.Array:
         y = convolve(x, self.layer.kernel(w), self.layer.strides, self.layer.padding)
         return y.reshape(*y.shape[:-1], *self.layer.outputs)
 
-    def input(self, w, g):
+    def input(self, w: jax.Array, g: jax.Array) -> jax.Array:
         layer, dim = self.layer, self.dim
         kernel = jnp.flip(layer.kernel(w), range(dim)).swapaxes(-1, -2).astype(g.dtype)
         edges = around(layer.size, layer.space, g.shape[1:-2], layer.padding, layer.strides)
@@ -35,7 +39,7 @@ class Dense:
                                          dimension_numbers=_numbers(dim))
         return x.reshape(*x.shape[:-1], *layer.inputs)
 
-    def weight(self, x, g):
+    def weight(self, x: jax.Array, g: jax.Array) -> jax.Array:
         """The correlation of x with g, summed over the batch, which takes the place of the channels."""
         layer, dim = self.layer, self.dim
         padding = [(low, layer.size + (out - 1) * s - n - low)

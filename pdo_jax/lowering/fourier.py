@@ -15,7 +15,7 @@ others are their conjugates.
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
     Its matrix at frequency n is Σ_α weights[α] C_α[n + at], with C_α[n] the transform of the coefficients of ∂^α."""
 
-    terms: list
+    terms: list[tuple[np.ndarray, int]]
     parts: int
     weights: np.ndarray
     at: int
@@ -56,7 +56,7 @@ class Operand(NamedTuple):
     """The rows of an operand, and the constant [frequencies, parts, parts of the rows, operators · N] that turns base
     coefficients into the matrices that meet them."""
 
-    rows: list
+    rows: list[Row]
     constant: np.ndarray
 
 
@@ -75,10 +75,10 @@ class Fourier:
     ``waves`` [frequencies · parts of the bands, N] is the Fourier transform of a field, ``inverse`` its inverse; rows of
     layers meet the frequencies ``held[0]`` of the input, those of adjoints ``held[1]`` of the cotangent."""
 
-    def __init__(self, layer):
+    def __init__(self, layer: Any):
         self.layer, self.strides, self.padding, self.turn = layer, layer.strides, layer.padding, layer.turn
         stencils, indices, span, turn = layer.stencils, layer.indices, layer.span, layer.turn
-        self.wanted = tuple(orbit[0] for orbit in turn.target)
+        self.wanted: tuple[int, ...] = tuple(orbit[0] for orbit in turn.target)
         order, reach = len(turn.target[0]), max(map(sum, indices))
         terms = [(a, r - a) for r in range(reach + 1) for a in range(r + 1)]
         mix = np.zeros((len(terms), len(indices)), complex)  # D^a D̄^b = Σ mix ∂^α
@@ -89,7 +89,7 @@ class Fourier:
         inverse, stencils = np.linalg.inv(mix), np.tensordot(mix, stencils, 1)
         middle, ends = range(1, (order + 1) // 2), range(0, order // 2 + 1, order // 2) if order % 2 == 0 else range(1)
         span = np.eye(len(indices)) if span is None else span[list(self.wanted)].reshape(-1, len(indices))
-        self.bands = []
+        self.bands: list[Band] = []
         for frequencies, parts in ((middle, 2), (ends, 1)):
             rows, adjoint_rows = [], []
             for degree in range(reach + 1):  # at a real frequency D^b D̄^a is the conjugate of D^a D̄^b, which counts twice
@@ -108,7 +108,7 @@ class Fourier:
             if frequencies:
                 self.bands.append(Band(frequencies, parts, _operand_plan(order, frequencies, parts, rows, False),
                                        _operand_plan(order, frequencies, parts, adjoint_rows, True)))
-        self.waves = np.concatenate([_waves(order, band.frequencies, band.parts) for band in self.bands])
+        self.waves: np.ndarray = np.concatenate([_waves(order, band.frequencies, band.parts) for band in self.bands])
         self.inverse, self.held = self.waves.T / (self.waves ** 2).sum(1), []
         for operands in zip(*((band.layer, band.adjoint) for band in self.bands), strict=True):
             met = {n + shift for band, operand in zip(self.bands, operands, strict=True) for row in operand.rows
@@ -117,19 +117,19 @@ class Fourier:
 
     # The three functions of the form
 
-    def output(self, x, w):
+    def output(self, x: jax.Array, w: jax.Array) -> jax.Array:
         base, dtype = self._base(w), x.dtype
         spectrum = _spectrum(self.held[0], pad(self._orbits(x, self.turn.source).astype(jnp.float32), self.padding, (1, 1)))
         y = [_product(_matrix(band.layer, base, dtype), self._operand(band, False, spectrum, dtype)) for band in self.bands]
         return self._field(y, self.turn.target, dtype)
 
-    def input(self, w, g):
+    def input(self, w: jax.Array, g: jax.Array) -> jax.Array:
         base, spectrum = self._base(w).swapaxes(1, 2), self._adjoint_spectrum(g)
         dx = [_product(_matrix(band.adjoint, base, g.dtype), self._operand(band, True, spectrum, g.dtype))
               for band in self.bands]
         return self._field(dx, self.turn.source, g.dtype)
 
-    def weight(self, x, g):
+    def weight(self, x: jax.Array, g: jax.Array) -> jax.Array:
         spectrum, order, dbase = self._adjoint_spectrum(g), len(self.turn.target[0]), 0
         z = barrier(_transform(self.waves, self._orbits(x, self.turn.source)))
         for band in self.bands:

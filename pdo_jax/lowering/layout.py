@@ -4,6 +4,8 @@ import contextlib
 import contextvars
 import functools
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ _PORTABLE = contextvars.ContextVar("portable", default=False)
 
 
 @contextlib.contextmanager
-def portable():
+def portable() -> Iterator[None]:
     """Programs traced inside are made of standard operations alone: what an exporter or a converter can read.
 
     Every layer is then an ordinary convolution ("dense"), whatever its ``lowering``; no program chooses by platform or fixes
@@ -39,27 +41,27 @@ def is_portable() -> bool:
     return _PORTABLE.get()
 
 
-def on_platform(cpu, default):
+def on_platform(cpu: Callable[..., Any], default: Callable[..., Any]) -> Callable[..., Any]:
     """What computes ``cpu`` where a program is compiled for a CPU; elsewhere, and in :func:`portable`, ``default``."""
     return default if is_portable() else functools.partial(jax.lax.platform_dependent, cpu=cpu, default=default)
 
 
-def frozen(array):
+def frozen(array: np.ndarray) -> tuple[Any, ...]:
     """An array, in float64, as a value that can be hashed."""
     return np.asarray(array, np.float64).tobytes(), array.shape
 
 
-def thawed(value):
+def thawed(value: tuple[Any, ...]) -> np.ndarray:
     return np.frombuffer(value[0]).reshape(value[1])
 
 
-def spanned(rows, columns):
+def spanned(rows: np.ndarray, columns: np.ndarray | Sequence[bool]) -> np.ndarray:
     """[…, rows, n] -> […, rank, n]: an orthonormal basis of the span of the rows, of which only some ``columns`` count."""
     rows = rows * columns
     return np.linalg.svd(rows)[2][..., :np.linalg.matrix_rank(rows).max(), :]
 
 
-def view(x):
+def view(x: jax.Array) -> jax.Array:
     """A field [batch, *space, channels, components] as [components, channels, *space, batch], which matrix products want.
 
     All that this library computes on a CPU it computes in this order. XLA moves the transposes through whatever stands between
@@ -67,31 +69,31 @@ def view(x):
     return x.transpose(x.ndim - 1, x.ndim - 2, *range(1, x.ndim - 2), 0)
 
 
-def restore(x):
+def restore(x: jax.Array) -> jax.Array:
     """The inverse of :func:`view`."""
     return x.transpose(x.ndim - 1, *range(2, x.ndim - 1), 1, 0)
 
 
-def hold(x):
+def hold(x: jax.Array) -> jax.Array:
     """x, in memory and in the order of its axes, where XLA would rather compute it again in whatever it fuses with."""
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
-def arranged(x):
+def arranged(x: jax.Array) -> jax.Array:
     """A field, in memory in the order of :func:`view` where a program is compiled for a CPU; so is its cotangent."""
     return on_platform(lambda x: restore(hold(view(x))), lambda x: x)(x)
 
 
-barrier = jax.lax.optimization_barrier
+barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
 
 
-def few(rows, most=6):
+def few(rows: Sequence[Any], most: int = 6) -> list[Any]:
     """The rows in even parts, to stack: XLA fuses a concatenation of few arrays with what makes them, and copies many."""
     size = math.ceil(len(rows) / math.ceil(len(rows) / most)) if rows else 1
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
-def take(x, index, axis):
+def take(x: jax.Array, index: Sequence[int], axis: int) -> jax.Array:
     """Static indexing along an axis; a slice where the index is a range, which is cheaper."""
     index = np.asarray(index)
     if (np.diff(index) == 1).all():
@@ -99,28 +101,28 @@ def take(x, index, axis):
     return jnp.take(x, index, axis=axis)
 
 
-def put(parts, indices, axis):
+def put(parts: Sequence[jax.Array], indices: Sequence[Sequence[int]], axis: int) -> jax.Array:
     """The transpose of taking ``indices``, one tuple for each part, where together they are all of the axis."""
     order = np.argsort(np.concatenate([np.asarray(index) for index in indices]))
     return take(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis), order, axis)
 
 
-def merge(x, axis=0):
+def merge(x: jax.Array, axis: int = 0) -> jax.Array:
     """Two neighbouring axes as one. Space and batch are never merged: over a mesh the batch may be sharded."""
     return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2:])
 
 
-def split(x, axis, parts):
+def split(x: jax.Array, axis: int, parts: int) -> jax.Array:
     """An axis as two, of which the first has so many entries."""
     return x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1:])
 
 
-def dot(a, b, contract, batch=((), ())):
+def dot(a: jax.Array, b: jax.Array, contract: Any, batch: Any = ((), ())) -> jax.Array:
     """A matrix product that sums in float32."""
     return jax.lax.dot_general(a, b, (contract, batch), preferred_element_type=jnp.float32, **replicated(a, contract[0]))
 
 
-def replicated(x, axes):
+def replicated(x: jax.Array, axes: Sequence[int]) -> dict[str, Any]:
     """The option of a product that sums over some axes of x: over a mesh of explicit axes that these are sharded over, its
     result is whole on every device."""
     sharding = jax.typeof(x).sharding
@@ -129,14 +131,14 @@ def replicated(x, axes):
     return {"out_sharding": jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())}
 
 
-def pad(x, padding, strides):
+def pad(x: jax.Array, padding: Sequence[tuple[int, int]], strides: Sequence[int]) -> jax.Array:
     """Pads the axes of space (those before the last one) with zeros, after spreading their points by the strides."""
     space = [(low, high, s - 1) for (low, high), s in zip(padding, strides, strict=True)]
     config = [(0, 0, 0)] * (x.ndim - 1 - len(space)) + space + [(0, 0, 0)]
     return hold(jax.lax.pad(x, jnp.zeros((), x.dtype), config))
 
 
-def taps(x, stencil, axis, strides, *ranges):
+def taps(x: jax.Array, stencil: np.ndarray, axis: int, strides: Sequence[int], *ranges: range) -> jax.Array:
     """Correlates x, of its first axes only the ``ranges``, with a stencil along the axes that start at ``axis``, in float32;
     sums points of equal weight first."""
     x, space = jax.lax.convert_element_type(x, jnp.float32), slice(axis, axis + stencil.ndim)
@@ -161,7 +163,8 @@ def taps(x, stencil, axis, strides, *ranges):
     return functools.reduce(jax.lax.add, [v if w == 1 else jax.lax.mul(v, w) for v, w in weighted])
 
 
-def around(size, space, outputs, padding, strides):
+def around(size: int, space: Sequence[int], outputs: Sequence[int], padding: Sequence[tuple[int, int]],
+           strides: Sequence[int]) -> list[tuple[int, int]]:
     """The (before, after) zeros of the adjoint of a correlation with a kernel of ``size`` points along each axis."""
     return [(size - 1 - low, n + low - (out - 1) * s - 1)
             for n, out, (low, _), s in zip(space, outputs, padding, strides, strict=True)]

@@ -12,7 +12,7 @@ and the gradients need only the q_jA, on the cotangent g: with u_jA = q_jA(∇)*
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class Matmul:
     If the group holds the point reflection, and stencils of even and odd order are even and odd, then parts 0 and 1 are the
     sums and differences of pairs of components: an operator of even order keeps the part, one of odd order swaps it."""
 
-    def __init__(self, layer):
+    def __init__(self, layer: Any):
         self.layer, self.strides, self.padding, self.size = layer, layer.strides, layer.padding, layer.size
         stencils, indices, span = layer.stencils, layer.indices, layer.span
         degrees, axes, every = np.array([sum(alpha) for alpha in indices]), range(1, stencils.ndim), np.eye(len(indices))
@@ -61,13 +61,13 @@ class Matmul:
         self.fold = layer.fold if np.allclose(np.flip(stencils, axes), sign * stencils, atol=1e-12) else None
         self.parts, self.wanted = 2 if self.fold else 1, self.fold and self.fold.target[0]
         span = every[None] if span is None else span[list(self.fold.target[0])] if self.fold else span
-        self.orders = []
+        self.orders: list[tuple[list[Row], ...]] = []
         for degree in range(degrees.max() + 1):
             operators, base = every[degrees == degree, None], spanned(span, degrees == degree).swapaxes(0, 1)
             self.orders.append(tuple([Row(degree % self.parts, w, np.tensordot(w, stencils, 1)) for w in rows] for rows in (
                 operators, base if len(base) < len(operators) else operators)))
 
-    def sides(self, inputs, outputs):
+    def sides(self, inputs: int, outputs: int) -> tuple[list[Row], list[Row]]:
         """The rows to apply to the input and to the output, given the bytes of either where it meets a row."""
         on_input, on_output = [], []
         for operators, base in self.orders:
@@ -79,7 +79,7 @@ class Matmul:
 
     # The three functions of the form
 
-    def output(self, x, w):
+    def output(self, x: jax.Array, w: jax.Array) -> jax.Array:
         parts, kernels, dtype = self._parts(x), self._kernels(w), x.dtype
         parts = [pad(p, self.padding, [1] * len(self.strides)) for p in parts]
         space = [(n - self.size) // s + 1 for n, s in zip(parts[0].shape[1:-1], self.strides, strict=True)]
@@ -106,7 +106,7 @@ class Matmul:
             y = [put([y[0] + y[1], y[0] - y[1]], self.fold.target, 0)]
         return restore(hold(y[0].astype(dtype)))
 
-    def input(self, w, g):
+    def input(self, w: jax.Array, g: jax.Array) -> jax.Array:
         dparts = []
         for k, (stacks, _) in zip(self._kernels(w), self._adjoint_stacks(g), strict=True):
             rows = [row for some, _ in stacks for row in some]
@@ -119,7 +119,7 @@ class Matmul:
             dparts = [put([dparts[0] + dparts[1], dparts[0] - dparts[1]], self.fold.source, 0)]
         return restore(hold(dparts[0]))
 
-    def weight(self, x, g):
+    def weight(self, x: jax.Array, g: jax.Array) -> jax.Array:
         dkernels, parts = [], self._parts(x)
         outputs = self.layer.outputs[0] * len(self.wanted or range(self.layer.outputs[1]))
         for x, (stacks, cotangents) in zip(parts, self._adjoint_stacks(g), strict=True):
