@@ -111,9 +111,24 @@ class LiftingConv(_OrbitConv):
 class GroupConv(_OrbitConv):
     """Group convolution, (ΦF)(x, A) = Σ_C p_{A^{-1}C}(A^{-1}∇) F(·, C) (x), with one polynomial for every relative element.
 
-    Attributes and errors as for :class:`LiftingConv`; ``kernel_init`` by default keeps the variance behind a ReLU.
+    Attributes:
+      features: number of output channels.
+      group: a finite group of the dimension of space.
+      kernel_size: odd number of points along each axis; 1 is pointwise.
+      strides: step between outputs, one for all axes or one each.
+      padding: "SAME", "VALID", "CIRCULAR" (as SAME, periodic), or zeros: a number, or one or (before, after) for each axis.
+      basis: the operators: "paper" (nine on 5×5), or an int, all up to that order.
+      scheme: the discretisation, a function of :mod:`pdo_jax.stencils` or one like them.
+      frame: turns the base operators before the group does; an angle in radians, or an orthogonal matrix.
+      lowering: how it is computed, see :mod:`pdo_jax.lowering`; all give the same numbers.
+      use_bias: one bias for each output channel, shared over the group.
+      dtype: of the computation, by default that of the input; param_dtype: of the parameters.
+      kernel_init: by default normal, scaled to keep the variance behind a ReLU.
 
     Shapes: [batch, *space, channels, group.order] -> [batch, *space, features, group.order].
+
+    Raises:
+      ValueError: as :class:`LiftingConv`, which comes first: an image has no axis of the group yet.
 
     Source: Shen, He, Lin, Ma, "PDO-eConvs", ICML 2020, Eq. 12.
 

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pdo_jax
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -18,3 +20,7 @@ def test_files_named_in_the_readme_exist():
     paths = [a or b for a, b in named]
     assert len(paths) >= 4
     assert not [p for p in paths if not (ROOT / p).exists()]
+
+
+def test_the_citation_names_this_version():
+    assert f"\nversion: {pdo_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()

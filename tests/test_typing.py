@@ -54,6 +54,14 @@ def test_signatures_are_found():
     assert {"pdo_jax.layers.max_pool", "pdo_jax.layers.GroupBatchNorm.__call__"} <= dict(signatures("pdo_jax.layers")).keys()
 
 
+@pytest.mark.parametrize("layer", [pdo_jax.LiftingConv, pdo_jax.GroupConv])
+def test_help_names_every_argument(layer):
+    """The docstring stands before all that Flax adds: the first screen of ``help`` tells what can be set."""
+    arguments = inspect.signature(layer).parameters.keys() - {"parent", "name"}
+    assert len(arguments) == 13
+    assert not [name for name in arguments if f"{name}:" not in layer.__doc__]
+
+
 def test_the_package_says_that_it_is_typed():
     assert (Path(pdo_jax.__file__).parent / "py.typed").exists()
 
