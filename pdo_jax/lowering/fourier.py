@@ -38,7 +38,7 @@ from pdo_jax.lowering.layout import (
     view,
 )
 
-SIGN = np.array([-1, 1], np.float32).reshape(-1, 1, 1, 1, 1)
+SIGN = np.array([-1, 1], np.float32).reshape(1, -1, 1, 1, 1, 1)
 
 
 class Row(NamedTuple):
