@@ -4,7 +4,8 @@
 
 A straight run tells what is right. A killed one is started again until it ends; right is the same test loss and, bit for bit,
 the same checkpoint. The moments are spread evenly over a run, from the first import to the last write, every other time over
-what follows its first checks, and named by what the folder holds then. DIR is a small file system of its own (`mount -t tmpfs -o size=4m tmpfs DIR`), which is filled up at random.
+what follows its first checks, and named by what the folder holds then. DIR is a small file system of its own (`mount -t tmpfs
+-o size=4m tmpfs DIR`), which is filled up at random.
 """
 
 import argparse
