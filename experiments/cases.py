@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 import pdo_jax as pdo
 from experiments import config, timing, train
@@ -97,7 +96,7 @@ def setting(task: Task, dtype: str, **changes) -> config.Config:
 
 def step(given: config.Config, shape, loop: int = 0):
     """(The jitted training step of `experiments.train`, or a loop of so many; its data). Its first argument is a state."""
-    mesh, batch, random = Mesh(jax.devices(), ("data",)), given.batch_size, np.random.default_rng(0)
+    mesh, batch, random = train.all_devices(), given.batch_size, np.random.default_rng(0)
     function = train.step_function(given, model(given, shape), 1, mesh.size)
     jitted = train.repeated(function, True, "jit", mesh) if loop else train.mapped(function, "jit", mesh)
     images, labels = random.normal(size=(batch, *shape)).astype(np.float32), random.integers(0, 10, batch).astype(np.int32)

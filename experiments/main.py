@@ -10,7 +10,6 @@ import ctypes
 import functools
 import gc
 import glob
-import importlib.metadata
 import math
 import os
 import re
@@ -24,8 +23,6 @@ from experiments.boundary import Refused
 
 QUICK = Path(__file__).parent / "configs" / "quick.py"
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # they make it cheap to touch a big temporary first
-FAST_CONVOLUTIONS = ("--xla_cpu_experimental_ynn_fusion_type", "individual_dot")
-CHECKED_JAXLIB = ("0.10.", "0.11.", "0.12.")  # where the flag was seen to exist; an unknown flag ends the process
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
 
 
@@ -174,21 +171,16 @@ def parser() -> argparse.ArgumentParser:
 def process_settings(environment: Mapping[str, str], accelerators: Sequence[str]) -> dict[str, str]:
     """The environment variables to set before Python starts; what the user has set stays.
 
-    On a CPU: how glibc takes memory, and an XLA flag that makes float32 convolutions 2 to 5 times faster. Neither does
-    anything on a GPU or TPU, so "on a CPU" is decided simply: by JAX_PLATFORMS, else by the absence of `accelerators`.
+    On a CPU: how glibc takes memory. It does nothing on a GPU or TPU, so "on a CPU" is decided simply: by JAX_PLATFORMS, else
+    by the absence of `accelerators`.
     """
     settings = {}
     with contextlib.suppress(RuntimeError):  # nobody's home
         settings["JAX_COMPILATION_CACHE_DIR"] = str(Path("~/.cache/pdo_jax/jax-cache").expanduser())
     platforms = environment.get("JAX_PLATFORMS")
-    on_cpu = platforms == "cpu" or not platforms and not accelerators
-    if on_cpu:
+    if platforms == "cpu" or not platforms and not accelerators:
         settings |= LARGE_PAGES
-    settings = {name: value for name, value in settings.items() if name not in environment}
-    (flag, value), flags = FAST_CONVOLUTIONS, environment.get("XLA_FLAGS", "")
-    if on_cpu and importlib.metadata.version("jaxlib").startswith(CHECKED_JAXLIB) and flag not in flags:
-        settings["XLA_FLAGS"] = f"{flags} {flag}={value}".strip()
-    return settings
+    return {name: value for name, value in settings.items() if name not in environment}
 
 
 def restart_with_settings():

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from experiments import check, datasets, record, train
@@ -64,7 +64,7 @@ def evaluate_pretrained(name: str) -> dict:
 
 
 def test_error(config: Config, model: train.Model, variables, data: datasets.Dataset) -> dict:
-    mesh = Mesh(jax.devices(), ("data",))
+    mesh = train.all_devices()
     evaluate_split = train.evaluation_program(config, model, data.num_classes, mesh)
     confusion, loss = evaluate_split(train.place(mesh, variables), data.test)
     return {"test_error": train.error_rate(confusion), "test_loss": loss, "dataset": data.name}

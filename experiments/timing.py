@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
 
+import pdo_jax as pdo
+
 SERVER = Path(__file__).with_name("peers.py")
 PAUSE = 0.01  # seconds before each run: OpenMP's threads spin on for some milliseconds after their work
 
@@ -47,7 +49,7 @@ def compile_program(jitted: Callable, *arguments):
     to_lower = time.perf_counter()
     lowered = traced.lower()
     to_compile = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(pdo.compiler_options())
     ended = time.perf_counter()
     costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+import pdo_jax as pdo
 from experiments import check, datasets, figures, record
 from experiments.config import Config, describe
 from experiments.datasets import augment
@@ -104,7 +105,7 @@ def train(
         if (workdir / "result.json").exists():
             return read_json(workdir / "result.json", RESULT)
         shape, sizes = data.train.images.shape[1:], {name: len(getattr(data, name).labels) for name in SPLITS}
-        mesh = Mesh(jax.devices(), ("data",))
+        mesh = all_devices()
         check.run(config, model, data, mesh)
         if writes:
             values = data.train.images
@@ -217,8 +218,10 @@ def step_function(config: Config, model: Model, steps_per_epoch: int, devices: i
             loss = optax.softmax_cross_entropy(logits, targets).mean() + config.l2 / 2 * squared_weights(params)
             return loss, (changed.get("batch_stats", {}), jnp.mean(logits.argmax(-1) != y))
 
-        (loss, (batch_stats, error)), gradients = jax.value_and_grad(loss_function, has_aux=True)(state.params)
+        params = apart(state.params, device)
+        (loss, (batch_stats, error)), gradients = jax.value_and_grad(loss_function, has_aux=True)(params)
         gradients, loss, error = lax.pmean((gradients, loss, error), "data")
+        batch_stats = jax.tree.map(lambda x: lax.pmean(x, "data") if varying(x) else x, batch_stats)  # without an axis_name
         updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = State(state.step + 1, params, batch_stats, opt_state, {})
@@ -251,6 +254,16 @@ def epoch_program(config: Config, model: Model, split: datasets.Split, mesh: Mes
         return state, metrics | {"learning_rate": float(rate(config, epoch - 1 / steps))}
 
     return train_epoch, scan
+
+
+def varying(x) -> tuple[str, ...]:
+    """The axes over whose devices x may differ, as far as `jax.shard_map` follows that; `jax.pmap` does not."""
+    return tuple(jax.typeof(x).manual_axis_type.varying)
+
+
+def apart(tree, device):
+    """Copies that belong to each device alone, so that gradients with respect to them are those of its own loss."""
+    return jax.tree.map(lambda x: lax.pcast(x, varying(device), to="varying"), tree) if varying(device) else tree
 
 
 def uses_convolution(step: Callable, mesh: Mesh, *arguments) -> bool:
@@ -318,10 +331,11 @@ def one_by_one(mesh: Mesh, outputs):
 
 def mapped(function: Callable, parallel: str, mesh: Mesh, donate: bool = True) -> Callable:
     """`function` compiled for all devices, with equal arguments and results on each; the first argument is donated."""
+    options = pdo.compiler_options(mesh.devices.flat[0].platform)
     if parallel == "jit":
         same = PartitionSpec()
-        everywhere = jax.shard_map(function, mesh=mesh, in_specs=same, out_specs=same, check_vma=False)
-        return jax.jit(everywhere, donate_argnums=0 if donate else ())
+        everywhere = jax.shard_map(function, mesh=mesh, in_specs=same, out_specs=same)
+        return jax.jit(everywhere, donate_argnums=0 if donate else (), compiler_options=options)
     devices = np.arange(jax.local_device_count())  # pmap wants an argument that differs between devices
     everywhere = jax.pmap(
         lambda _, first, rest: function(first, *rest),
@@ -330,7 +344,18 @@ def mapped(function: Callable, parallel: str, mesh: Mesh, donate: bool = True) -
         out_axes=None,
         donate_argnums=1 if donate else (),
     )
-    return lambda first, *rest: everywhere(devices, first, rest)
+    programs = []
+
+    def call(first, *rest):
+        if not programs:
+            programs.append(everywhere.lower(devices, first, rest).compile(options))
+        return programs[0](devices, first, rest)
+
+    return call
+
+
+def all_devices() -> Mesh:
+    return jax.make_mesh((jax.device_count(),), ("data",))
 
 
 def place(mesh: Mesh, tree):

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
 from PIL import Image
 
 import pdo_jax as pdo
@@ -204,7 +203,7 @@ def test_the_files_of_a_run(run):
 
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_a_compiled_epoch_equals_a_python_loop(parallel):
-    data, mesh = make_data(), Mesh(jax.devices(), ("data",))
+    data, mesh = make_data(), train.all_devices()
     ends = []
     for scan in (True, False):
         config = make_config(network=Net(dropout=0.3), augment=shift, parallel=parallel, scan=scan)
@@ -219,7 +218,7 @@ def test_a_compiled_epoch_equals_a_python_loop(parallel):
 
 def test_a_compiled_loop_is_chosen_unless_convolutions_would_be_slow_in_it():
     """On a CPU XLA runs lax.conv some 30 times slower inside a loop."""
-    mesh = Mesh(jax.devices(), ("data",))
+    mesh = train.all_devices()
     for network, loops in ((Net(), True), (ResNetCNN(1, (2,), 3), jax.default_backend() != "cpu")):
         config = make_config(network=network)
         model = train.make_model(config, [0.5], [0.3])
@@ -232,7 +231,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32_weights():
     model = train.make_model(config, [0.5], [0.3])
     state = train.initial_state(config, model, (4, 4, 1))
     assert model.logits(state.variables, make_data().test.images, train=False).dtype == jnp.bfloat16
-    mesh = Mesh(jax.devices(), ("data",))
+    mesh = train.all_devices()
     state, _ = train.epoch_program(config, model, make_data().train, mesh, state)[0](train.place(mesh, state), 1)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
@@ -293,7 +292,7 @@ def test_two_devices_two_processes_jit_and_pmap_agree(tmp_path):
     finish(*(start(config, tmp_path / "processes", *distributed, str(i)) for i in (0, 1)))
     finish(start(plain, tmp_path / "one"), start(plain, tmp_path / "two", devices=2))
     states = {name: flat(saved.load(tmp_path / name)[2]) for name in ("mesh", "pmap", "processes", "one", "two")}
-    np.testing.assert_array_equal(states["mesh"], states["pmap"])
+    np.testing.assert_allclose(states["mesh"], states["pmap"], rtol=0, atol=1e-3)  # sums in another order
     np.testing.assert_allclose(states["mesh"], states["processes"], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(states["one"], states["two"], rtol=1e-3, atol=1e-5)
     results = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in states}
