@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -224,6 +225,16 @@ def test_a_compiled_loop_is_chosen_unless_convolutions_would_be_slow_in_it():
         model = train.make_model(config, [0.5], [0.3])
         state = train.initial_state(config, model, (4, 4, 1))
         assert train.epoch_program(config, model, make_data().train, mesh, state)[1] is loops
+
+
+def test_steps_wait_for_one_another_on_several_cpu_devices_alone(monkeypatch):
+    """Many collective programs under way end the process there; docs/chaos.md counts it."""
+    waited, cpu = [], jax.devices("cpu")[:1]
+    monkeypatch.setattr(jax, "block_until_ready", lambda outputs: waited.append(outputs) or outputs)
+    for platform, size, expected in (("cpu", 1, 0), ("cpu", 2, 1), ("gpu", 2, 1)):
+        device = cpu[0] if platform == "cpu" else types.SimpleNamespace(platform=platform)
+        mesh = types.SimpleNamespace(devices=np.array([device], object), size=size)
+        assert train.one_by_one(mesh, "outputs") == "outputs" and len(waited) == expected
 
 
 def test_bfloat16_computes_in_it_and_keeps_float32_weights():
