@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from experiments import datasets
 from experiments.config import Config, closure, describe
-from experiments.workdir import TrainError, read_json, versions
+from experiments.workdir import TrainError, is_number, read_json, versions
 from pdo_jax import architecture
 
 NOTED = {"config.data_dir", "config.parallel", "versions.python", "versions.orbax-checkpoint"}
@@ -109,6 +109,12 @@ def read_config(workdir: Path) -> dict:
         if wrong:
             raise TrainError(f"{workdir / 'config.json'} is damaged, or of another version: its {part} has no {wrong[0]!r} as "
                              "expected; put a whole one in its place, or choose another run")
+    shape, (mean, deviation, range_) = saved["input"]["shape"], (saved["input"][key] for key in ("mean", "deviation", "range"))
+    sizes = len(shape) > 1 and all(type(size) is int and 0 < size < 1 << 20 for size in shape)
+    numbers = all(is_number(value) for value in [*mean, *deviation, *range_])
+    if not (sizes and numbers and len(mean) == len(deviation) == shape[-1] and len(range_) == 2):
+        raise TrainError(f"{workdir / 'config.json'} is damaged: its input has no shape, mean, deviation, range of an image; "
+                         "put a whole one in its place, or choose another run")
     return saved
 
 

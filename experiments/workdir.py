@@ -204,7 +204,7 @@ def read_history(workdir: Path, done: int, writes: bool) -> list[dict]:
 def _line(text, epoch, path):
     try:
         line = json.loads(text)
-        wrong = [key for key, kind in LINE.items() if not _is_number(line[key], kind)]
+        wrong = [key for key, kind in LINE.items() if not is_number(line[key], kind)]
         if not wrong and line["epoch"] == epoch:
             return line
     except (ValueError, KeyError, TypeError):
@@ -212,7 +212,7 @@ def _line(text, epoch, path):
     raise TrainError(f"line {epoch} of {path} is damaged: {text[:100]!r}; put the file back, or choose another --workdir")
 
 
-def _is_number(value, kind=float):
+def is_number(value, kind=float):
     return isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -242,7 +242,7 @@ class Board:
         if not self.writer:
             return
         for name, value in line.items():
-            if name not in ("epoch", "seconds") and _is_number(value):
+            if name not in ("epoch", "seconds") and is_number(value):
                 self.writer.write_event(Event(step=line["epoch"], summary=summary.scalar(name, value)))
         self.writer.flush()
 
