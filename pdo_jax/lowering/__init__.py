@@ -35,7 +35,7 @@ from pdo_jax.lowering.fourier import Fourier
 from pdo_jax.lowering.layout import frozen, is_portable, on_platform, portable, put, take, thawed
 from pdo_jax.lowering.matmul import Matmul
 
-__all__ = ["LOWERINGS", "Fold", "Given", "Turn", "compiler_options", "convolve", "expand", "portable"]
+__all__ = ["GIVEN", "LOWERINGS", "Fold", "Given", "Turn", "compiler_options", "convolve", "expand", "portable"]
 LOWERINGS = ("auto", "dense", "matmul", "fourier")
 CROSSOVER = {2: (700, 560), 4: (370, 256)}
 """Bytes of a number -> channels · components, geometric mean of input and output, from which "fourier" is faster on a CPU:
