@@ -60,11 +60,14 @@ def representations(group: Group) -> Representation:
 def main(folder: str) -> jax.Array:
     group = pdo.groups.cyclic(4)
     network, x = Net(group=group, classes=3), jax.random.normal(jax.random.key(0), (2, 12, 12, 1))
-    variables = jax.jit(network.init)(jax.random.key(1), x)
+    variables = jax.jit(network.init, compiler_options=pdo.compiler_options())(jax.random.key(1), x)
     errors: np.ndarray = pdo.equivariance.error(lambda x: x ** 2, x, group)
     assert errors.shape == (group.order,)
     turned: jax.Array = pdo.groups.transform(np.ones((1, 4, 4, 1)), group.elements[1])
     field: jax.Array = pdo.groups.act(jnp.ones((1, 4, 4, 1, 4)), group, element=1)
+    same: jax.Array = pdo.fields.act(field, pdo.fields.regular(group), 1)
+    assert bool((same == field).all())
+    assert pdo.equivariance.error(nn.relu, field, group, in_rep=group, out_rep=group).max() == 0
     smaller: jax.Array = pdo.fields.restrict_regular(field, group, pdo.groups.cyclic(2))
     assert turned.shape[1:3] == smaller.shape[1:3]
 
@@ -83,8 +86,9 @@ def main(folder: str) -> jax.Array:
     weights = pdo.kernels.bank(group, kernel_size=5, basis=2).stencils
     basis = pdo.steerable.basis(pdo.fields.trivial(group), pdo.fields.standard(group), order=1)
     vectors = Steerable(pdo.fields.standard(group))
-    y, _ = jax.jit(vectors.init_with_output)(jax.random.key(2), x)
+    y, v = jax.jit(vectors.init_with_output)(jax.random.key(2), x)
     assert weights.ndim == 3 and basis.ndim == 4 and y.ndim == 5
+    pdo.equivariance.check_layers(vectors, v, x)
     paper = pdo.networks.PAPER["p8"](num_classes=100)
     assert isinstance(paper, pdo.networks.ResNet) and paper.widths
     return call(x)
