@@ -213,12 +213,19 @@ class _SteerableCoefficients:
     [blocks · pairs] that belong together, padded with one element and one pair more than there are; a basis that mixes all is
     one block."""
 
-    def __init__(self, in_rep, out_rep, order, kernel_size, scheme):
+    indices: tuple[operators.MultiIndex, ...]
+    blocks: np.ndarray
+    elements: np.ndarray
+    pairs: np.ndarray
+    count: int
+    components: tuple[int, ...]
+
+    def __init__(self, in_rep: Representation, out_rep: Representation, order: int, kernel_size: int, scheme: stencils.Scheme):
         basis = steerable.basis(in_rep, out_rep, order)
         if not len(basis):
             raise ValueError(f"there is no equivariant operator up to order {order} from {in_rep!r} to {out_rep!r}")
         self.indices = operators.multi_indices(in_rep.group.dim, order)
-        self.stencils = stencils.bank(self.indices, kernel_size, scheme)
+        self.stencils: np.ndarray = stencils.bank(self.indices, kernel_size, scheme)
         self.count, self.components = len(basis), basis.shape[2:]
         basis = basis.reshape(*basis.shape[:2], -1)
         found = list(_blocks((basis != 0).any(1)))
@@ -235,7 +242,7 @@ class _SteerableCoefficients:
             self.elements[k, :len(mine)], self.pairs[k, :len(ours)] = mine, ours
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
-    def __call__(self, w, wanted=None):
+    def __call__(self, w: jax.Array, wanted: tuple[int, ...] | None = None) -> jax.Array:
         blocks = jnp.asarray(self.blocks, w.dtype)
         c = jnp.einsum("jkif,jknp->njpif", _taken(w, self.elements, 0), blocks)
         c = _taken(merge(c, 1), _places(self.pairs, math.prod(self.components)), 1)  # [n, out · in, i, f]
@@ -243,7 +250,7 @@ class _SteerableCoefficients:
         return c if wanted is None else take(c, wanted, -1)
 
     @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-    def transpose(self, c, shape, wanted=None):
+    def transpose(self, c: jax.Array, shape: tuple[int, ...], wanted: tuple[int, ...] | None = None) -> jax.Array:
         if wanted is not None:
             c = lowering.GIVEN.transpose(c, (*c.shape[:-1], self.components[0]), wanted)
         c = merge(c.transpose(0, 4, 2, 1, 3), 1)
