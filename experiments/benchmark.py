@@ -43,6 +43,7 @@ from pdo_jax import export
 
 ROOT = Path(__file__).parents[1]
 DENSE_PEER, PEERS = ("torch",), ("torch", "escnn", "e2cnn")
+ALONE = "auto, without compiler_options"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,8 @@ def steps(options: Options) -> Iterator[list[dict]]:
         state = cases.state(given, task.shape)
         for label, (variant, loop) in variants.items():
             programs[label, "training"] = cases.step_program(variant, task.shape, state, loop)
+        if pdo.compiler_options():  # what they gain
+            programs[ALONE, "training"] = cases.step_program(given, task.shape, state, options={})
         for label, network in cases.baselines(given.network, task.shape).items():
             plain = dataclasses.replace(given, network=network)
             programs[label, "training"] = cases.step_program(plain, task.shape, cases.state(plain, task.shape))

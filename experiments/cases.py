@@ -94,19 +94,19 @@ def setting(task: Task, dtype: str, **changes) -> config.Config:
     return dataclasses.replace(given, network=network, batch_size=task.batch, dtype=dtype, augment=None)
 
 
-def step(given: config.Config, shape, loop: int = 0):
+def step(given: config.Config, shape, loop: int = 0, options: Mapping | None = None):
     """(The jitted training step of `experiments.train`, or a loop of so many; its data). Its first argument is a state."""
     mesh, batch, random = train.all_devices(), given.batch_size, np.random.default_rng(0)
     function = train.step_function(given, model(given, shape), 1, mesh.size)
-    jitted = train.repeated(function, True, "jit", mesh) if loop else train.mapped(function, "jit", mesh)
+    jitted = train.repeated(function, True, "jit", mesh) if loop else train.mapped(function, "jit", mesh, options=options)
     images, labels = random.normal(size=(batch, *shape)).astype(np.float32), random.integers(0, 10, batch).astype(np.int32)
     rows = np.arange(batch, dtype=np.int32)
     return jitted, (images, labels, np.tile(rows, (loop, 1)) if loop else rows)
 
 
-def step_program(given: config.Config, shape, state: train.State, loop: int = 0) -> timing.Program:
-    jitted, data = step(given, shape, loop)
-    program = timing.program(jitted, state, *data, carry=True, steps=loop or 1)
+def step_program(given: config.Config, shape, state: train.State, loop: int = 0, options=None) -> timing.Program:
+    jitted, data = step(given, shape, loop, options)
+    program = timing.program(jitted, state, *data, carry=True, steps=loop or 1, options=options)
     program.facts["parameters"] = parameters(state.params)
     return program
 

@@ -41,15 +41,16 @@ def free_layout(function: Callable) -> Callable:
     return jax.jit(function, in_shardings=Format(Layout.AUTO), out_shardings=Format(Layout.AUTO))
 
 
-def compile_program(jitted: Callable, *arguments):
-    """(The compiled function, what it cost to make and what the compiler says of it); arguments may be abstract."""
+def compile_program(jitted: Callable, *arguments, options: Mapping | None = None):
+    """(The compiled function, what it cost to make and what the compiler says of it); arguments may be abstract. `options` of
+    the compiler, by default the library's."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     began = time.perf_counter()
     traced = jitted.trace(*abstract)
     to_lower = time.perf_counter()
     lowered = traced.lower()
     to_compile = time.perf_counter()
-    compiled = lowered.compile(pdo.compiler_options())
+    compiled = lowered.compile(pdo.compiler_options() if options is None else options)
     ended = time.perf_counter()
     costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -68,9 +69,9 @@ def known(cost: float | None) -> float | None:
     return cost if cost and cost > 0 else None
 
 
-def program(jitted: Callable, *arguments, carry: bool = False, steps: int = 1) -> Program:
+def program(jitted: Callable, *arguments, carry: bool = False, steps: int = 1, options: Mapping | None = None) -> Program:
     """A program of these arguments, see `runner`."""
-    compiled, facts = compile_program(jitted, *arguments)
+    compiled, facts = compile_program(jitted, *arguments, options=options)
     return Program(runner(compiled, arguments, carry, steps), facts)
 
 

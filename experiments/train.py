@@ -329,9 +329,9 @@ def one_by_one(mesh: Mesh, outputs):
     return jax.block_until_ready(outputs) if mesh.devices.flat[0].platform == "cpu" and mesh.size > 1 else outputs
 
 
-def mapped(function: Callable, parallel: str, mesh: Mesh, donate: bool = True) -> Callable:
+def mapped(function: Callable, parallel: str, mesh: Mesh, donate: bool = True, options: Mapping | None = None) -> Callable:
     """`function` compiled for all devices, with equal arguments and results on each; the first argument is donated."""
-    options = pdo.compiler_options(mesh.devices.flat[0].platform)
+    options = pdo.compiler_options(mesh.devices.flat[0].platform) if options is None else dict(options)
     if parallel == "jit":
         same = PartitionSpec()
         everywhere = jax.shard_map(function, mesh=mesh, in_specs=same, out_specs=same)

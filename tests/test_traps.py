@@ -3,6 +3,7 @@
 import functools
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,6 +168,16 @@ def test_a_fresh_partial_is_the_scheme_that_says_the_same():
     began = time.perf_counter()
     pdo.LiftingConv(2, P8, scheme=make()).apply(variables, x)
     assert time.perf_counter() - began < 0.2
+
+
+def test_equal_modules_are_one_static_argument():
+    """A fresh module that says the same, its frame a matrix, is not traced again."""
+    chex.clear_trace_counter()
+    make = lambda: pdo.LiftingConv(2, groups.cyclic(4), frame=np.eye(2))
+    variables = make().init(jax.random.key(0), x := normal(*SCALARS))
+    run = jax.jit(chex.assert_max_traces(lambda layer, v, x: layer.apply(v, x), n=1), static_argnums=0)
+    for _ in range(3):
+        run(make(), variables, x)
 
 
 def test_compiler_options_are_those_of_the_platform():
