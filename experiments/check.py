@@ -6,6 +6,7 @@ What would fail in the first step, in the evaluation after the last one or in wh
 import contextlib
 from collections.abc import Iterator
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,8 +92,8 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
         rows = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
         split = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in given.train]
         new, _ = jax.eval_shape(train.mapped(step, "jit", mesh), state, *split, rows)
-        if jax.tree.map(_kind, new) != jax.tree.map(_kind, state):
-            raise TrainError("a step changes shapes or types of the state; let the network and the optimiser keep theirs")
+    with _trying("a step of training, in which network and optimiser must keep the shapes and types of their state,"):
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
 
 
 def _rates(config, steps):
