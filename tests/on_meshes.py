@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from quick import jit
-from table import ALL, items
+from table import CORE, items
 
 
 def run(call):
@@ -48,7 +48,7 @@ def over(kind, devices, call, variables, x, sharded):
 
 def main():
     failures, count = [], 0
-    for dim, name in ALL:
+    for dim, name in CORE:
         call, variables, x = items(dim, batch=4)[name]()
         mixes = "training" in name or "scalars" in name or name == "network"  # statistics of the batch
         random = "Dropout" in name
