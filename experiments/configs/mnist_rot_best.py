@@ -5,7 +5,7 @@
 Twelve rotations, operators of order at most 2 as Gaussian derivatives, SiLU, the invariant head, label smoothing, an average of
 weights. All was chosen on 2 000 validation digits (--set validation=2000). Seeds: --set seed=1.
 
-Recorded (2 seeds, last epoch, regenerated data): 1.14 and 1.14 % test error, in 1387 and 1676 s on two CPU cores that
+Recorded (3 seeds, last epoch, regenerated data): 1.14 ± 0.01 % test error, in 933 to 1676 s on one or two CPU cores that
 other jobs shared.
 """
 
