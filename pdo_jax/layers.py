@@ -18,7 +18,7 @@ from flax import linen as nn
 from pdo_jax.fields import Representation, field_axes, group_of
 from pdo_jax.groups import Array, Group
 from pdo_jax.lowering.channels import inner, scale
-from pdo_jax.lowering.layout import arranged, on_platform, restore, view
+from pdo_jax.lowering.layout import arranged, merge, on_platform, restore, split, view
 
 
 class GroupBatchNorm(nn.Module):
@@ -203,16 +203,16 @@ def _shares(x, y, window, first):
 
 
 def _sums(x, window, first):
-    """Sums over windows that tile x."""
-    axes = range(first, first + x.ndim - 3)
-    shape = [n for axis, size in enumerate(x.shape) for n in ((size // window, window) if axis in axes else (size,))]
-    return x.reshape(shape).sum([2 * axis - first + 1 for axis in axes], dtype=x.dtype)
+    """Sums over windows that tile x; an axis at a time, since over a mesh of explicit axes only one may be split at once."""
+    for axis in range(first, first + x.ndim - 3):
+        x = split(x, axis, x.shape[axis] // window).sum(axis + 1, dtype=x.dtype)
+    return x
 
 
 def _spread(x, window, axis):
     """Each entry ``window`` times along an axis."""
     shape = x.shape[:axis + 1] + (window,) + x.shape[axis + 1:]
-    return jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape).reshape(*x.shape[:axis], -1, *x.shape[axis + 1:])
+    return merge(jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape), axis)
 
 
 def _in_view(function, *fields):

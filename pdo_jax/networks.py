@@ -68,7 +68,7 @@ class MnistRotNet(Framed):
             x = GroupConv(self.head_features, kernel_size=1, **options, name="head_conv")(x)
             x = self.activation(layers.GroupBatchNorm(self.group, axis_name=self.axis_name, name="head_norm")(x, train))
             x = layers.group_pool(x.astype(jnp.float32).mean((1, 2), keepdims=True), self.group, "max")
-        x = x.reshape(x.shape[0], -1).astype(jnp.float32)
+        x = x.reshape(x.shape[0], math.prod(x.shape[1:])).astype(jnp.float32)
         return nn.Dense(self.num_classes, use_bias=self.head != "paper", name="head")(x)
 
 
@@ -129,7 +129,7 @@ class ResNet(Framed):
                 x = x + conv(width)(activate(y))
         x = activate(x).astype(jnp.float32).mean(tuple(range(1, 1 + self.group.dim)), keepdims=True)
         x = layers.group_pool(x, self.group) if self.invariant else x
-        return nn.Dense(self.num_classes, name="head")(x.reshape(x.shape[0], -1))
+        return nn.Dense(self.num_classes, name="head")(x.reshape(x.shape[0], math.prod(x.shape[1:])))
 
 
 PAPER: dict[str, Callable[..., nn.Module]] = {

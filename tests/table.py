@@ -82,6 +82,7 @@ def items(dim, batch=2, dtype=jnp.float32):
         if way != "fourier":
             made[f"PDOConv {way}"] = lambda o=options: module(pdo.PDOConv(2, vector, mixed, **o), field(dim))
     if dim == 2:
+        made["max_pool, tiling"] = lambda: Item(lambda _, x: pdo.max_pool(x, group), {}, apart(field()[:, :, :4]))
         made["network"] = lambda: module(Network(group, "auto"), field(None), True)
     return made | {
         "GroupBatchNorm, training": lambda: module(pdo.GroupBatchNorm(group), field(), True),

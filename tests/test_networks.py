@@ -153,3 +153,12 @@ def test_bad_settings_are_named(network, message):
     """A head, down-sampling, group, lowering, basis or rate that cannot be: ValueError with what was given."""
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+
+
+@pytest.mark.parametrize("network", [
+    MnistRotNet(features=1, head_features=2), PAPER["mnist_rot"](features=1), ResNet(widths=(1, 1, 1), blocks=1)])
+def test_a_batch_of_none(network):
+    """Logits [0, classes] of no images."""
+    shape = (28, 28, 1) if isinstance(network, MnistRotNet) else (8, 8, 3)
+    variables = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, *shape))))
+    assert jax.eval_shape(network.apply, variables, jnp.zeros((0, *shape))).shape == (0, 10)
