@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from experiments.workdir import TrainError, saved_epochs
 
-PART = 15_000_000  # bytes
+PART, LARGEST = 15_000_000, 2**30  # bytes of a part, and of all files when unpacked
 MANIFEST, FORMAT = "manifest.json", "a packed run of pdo_jax, version 1"
 
 
@@ -82,6 +82,9 @@ def _members(data: bytes, file: Path) -> dict[str, bytes]:
     """The files of a packed run, each checked; names that would lead out of the folder are refused."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+            if size > LARGEST:
+                raise TrainError(f"{file} would unpack to {size} bytes, more than {LARGEST}; it is no packed run")
             manifest = json.loads(archive.read(MANIFEST))
             if manifest["format"] != FORMAT:
                 raise TrainError(f"{file} is {manifest['format']!r}, expected {FORMAT!r}")

@@ -82,3 +82,12 @@ def test_a_missing_part_and_folders_that_cannot_be_used_are_named(begun, tmp_pat
         packing.pack(tmp_path, tmp_path / "none.zip")
     with pytest.raises(TrainError, match="cannot write .*; choose another file"):
         packing.pack(begun, parts[0] / "x.zip")
+
+
+def test_a_file_that_would_unpack_to_too_much_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "LARGEST", 1000)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", bytes(100_000))
+    with pytest.raises(TrainError, match="would unpack to 100000 bytes, more than 1000"):
+        packing.unpack(tmp_path / "bomb.zip", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -58,7 +58,7 @@ def _jvp(primals, tangents, *, form, slot, alone):
     y = call(*primals)
     terms = [call(*(t if i == k else p for i, p in enumerate(primals)))
              for k, t in enumerate(tangents) if type(t) is not ad.Zero]
-    return y, functools.reduce(ad.add_tangents, terms) if terms else ad.Zero.from_primal_value(y)
+    return y, functools.reduce(ad.add_tangents, terms)
 
 
 def _transpose(cotangent, *operands, form, slot, alone):

@@ -21,22 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pdo_jax.lowering.layout import (
-    around,
-    barrier,
-    dot,
-    few,
-    hold,
-    merge,
-    pad,
-    put,
-    restore,
-    spanned,
-    split,
-    take,
-    taps,
-    view,
-)
+from pdo_jax.lowering.layout import around, barrier, dot, few, hold, merge, pad, put, restore, spanned, split, take, taps, view
 
 SIGN = np.array([-1, 1], np.float32).reshape(1, -1, 1, 1, 1, 1)
 
