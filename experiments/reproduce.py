@@ -37,6 +37,9 @@ BFLOAT16 = ("dtype=bfloat16",)
 ROWS = {
     "mnist_rot_best": Row("mnist_rot_best", (), 5, "p12, order 2, Gaussian derivatives, SiLU, 40 epochs, bfloat16"),
     "mnist_rot_best_relu": Row("mnist_rot_best_relu", (), 1, "the same with ReLU, wider Gaussians, a weaker L2"),
+    "cifar10_p6_60": Row("cifar10_p6_60", (), 1, "p6 ResNet-26, 60 epochs, bfloat16"),
+    "cifar10_cnn_60": Row("cifar10_cnn_60", (), 1, "plain ResNet-26, the same recipe"),
+    "cifar10_p6m_60": Row("cifar10_p6m_60", (), 1, "p6m ResNet-26, the same recipe"),
     "mnist_rot_h100_float32": Row("mnist_rot", (), 3, "p8, the paper's 200 epochs"),
     "mnist_rot_h100_bfloat16": Row("mnist_rot", BFLOAT16, 3, "the same in bfloat16"),
     "mnist_rot_bfloat16": Row("mnist_rot", BFLOAT16, 1, "the same on a CPU"),

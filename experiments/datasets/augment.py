@@ -7,10 +7,17 @@ import numpy as np
 from . import rotation
 
 
-def rotate(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Turns each image [n, H, W, C] by its own angle, uniform in [0°, 360°): bilinear, zero outside."""
-    angles = jax.random.uniform(key, images.shape[:1], maxval=2 * jnp.pi)
-    return rotation.rotate(images, angles, jnp)
+def rotate(key: jax.Array, images: jax.Array, finer: int = 1) -> jax.Array:
+    """Turns each image [n, H, W, C] by its own angle, uniform in [0°, 360°): bilinear, zero outside.
+
+    With `finer` > 1 the image is first brought to a grid of so many points per pixel and axis by cubic interpolation, and read
+    bilinearly there, which blurs it less.
+    """
+    n, height, width, channels = images.shape
+    angles = jax.random.uniform(key, (n,), maxval=2 * jnp.pi)
+    if finer > 1:
+        images = jax.image.resize(images, (n, finer * height, finer * width, channels), "cubic")
+    return rotation.rotate(images, angles, jnp, finer)
 
 
 def shift_and_flip(key: jax.Array, images: jax.Array, pad: int = 4) -> jax.Array:

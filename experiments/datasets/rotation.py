@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def rotate(images, angles, xp=np):
+def rotate(images, angles, xp=np, finer=1):
     """Turns each image counter-clockwise, as displayed with row 0 on top, by its own angle.
 
     `out(p) = in(R(-angle) p)` with p measured from the image centre ((H - 1) / 2, (W - 1) / 2), interpolated
@@ -13,13 +13,14 @@ def rotate(images, angles, xp=np):
       images: [n, H, W, C], floating.
       angles: [n], radians.
       xp: the array module that computes: `numpy` or `jax.numpy`.
+      finer: the images are given on a grid of so many points per pixel and axis; what is returned has one for each pixel.
 
     Returns:
-      [n, H, W, C] of the dtype of `images`.
+      [n, H / finer, W / finer, C] of the dtype of `images`.
     """
     n, height, width, channels = images.shape
-    row = xp.arange(height)[:, None] - (height - 1) / 2
-    column = xp.arange(width)[None, :] - (width - 1) / 2
+    row = finer * (xp.arange(height // finer)[:, None] - (height // finer - 1) / 2)
+    column = finer * (xp.arange(width // finer)[None, :] - (width // finer - 1) / 2)
     cos, sin = xp.cos(angles)[:, None, None], xp.sin(angles)[:, None, None]
     source_row = cos * row + sin * column + (height - 1) / 2
     source_column = cos * column - sin * row + (width - 1) / 2
@@ -31,7 +32,7 @@ def rotate(images, angles, xp=np):
 
     def corner(di, dj):
         index = ((i + di) * (width + 2) + j + dj).reshape(n, -1, 1)
-        return xp.take_along_axis(padded, index, axis=1).reshape(n, height, width, channels)
+        return xp.take_along_axis(padded, index, axis=1).reshape(n, *i.shape[1:], channels)
 
     top = (1 - right) * corner(0, 0) + right * corner(0, 1)
     bottom = (1 - right) * corner(1, 0) + right * corner(1, 1)
