@@ -37,6 +37,12 @@ BFLOAT16 = ("dtype=bfloat16",)
 ROWS = {
     "mnist_rot_best": Row("mnist_rot_best", (), 5, "p12, order 2, Gaussian derivatives, SiLU, 40 epochs, bfloat16"),
     "mnist_rot_best_relu": Row("mnist_rot_best_relu", (), 1, "the same with ReLU, wider Gaussians, a weaker L2"),
+    "mnist_rot_large": Row("mnist_rot_large", (), 3, "the same with 20 channels"),
+    "mnist_rot_augmented": Row("mnist_rot_augmented", (), 3, "20 channels, rotations in training, 60 epochs"),
+    "mnist_rot_augmented_small": Row("mnist_rot_augmented_small", (), 3, "the same with 12 channels"),
+    "mnist_rot_best_p16": Row("mnist_rot_best_p16", (), 3, "p16 in the recipe of `mnist_rot_best`"),
+    "mnist_rot_best_p4": Row("mnist_rot_best_p4", (), 3, "p4 in the recipe of `mnist_rot_best`"),
+    "mnist_rot_best_cnn": Row("mnist_rot_best_cnn", (), 3, "plain CNN in the recipe of `mnist_rot_best`"),
     "cifar10_p6_60": Row("cifar10_p6_60", (), 1, "p6 ResNet-26, 60 epochs, bfloat16"),
     "cifar10_cnn_60": Row("cifar10_cnn_60", (), 1, "plain ResNet-26, the same recipe"),
     "cifar10_p6m_60": Row("cifar10_p6m_60", (), 1, "p6m ResNet-26, the same recipe"),

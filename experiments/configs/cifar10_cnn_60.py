@@ -2,7 +2,8 @@
 
     python -m experiments.main --config experiments/configs/cifar10_cnn_60.py
 
-Nesterov's momentum with batches of 256, a warm-up of 5 epochs, then half a cosine; crops and mirror images; an average of weights.
+Nesterov's momentum with batches of 256, a warm-up of 5 epochs, then half a cosine; crops and mirror images; an average of
+weights.
 """
 
 from functools import partial

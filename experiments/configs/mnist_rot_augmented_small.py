@@ -1,0 +1,9 @@
+"""Rotated MNIST with random rotations in training, and 62 050 parameters; otherwise as mnist_rot_augmented.py.
+
+    python -m experiments.main --config experiments/configs/mnist_rot_augmented_small.py
+"""
+
+import pdo_jax as pdo
+from experiments.configs.mnist_rot_augmented import config as base
+
+config = base | dict(network=pdo.networks.MnistRotNet(features=12, head_features=64, dropout=0.1))
