@@ -23,7 +23,7 @@ from pdo_jax._version import __version__
 from pdo_jax.conv import GroupConv, LiftingConv, PDOConv
 from pdo_jax.fields import group_of
 from pdo_jax.groups import Array
-from pdo_jax.layers import GroupBatchNorm
+from pdo_jax.layers import GroupBatchNorm, trains
 from pdo_jax.weights import load, save
 
 __all__ = ["Plain", "about", "from_stablehlo", "load", "save", "to_plain", "to_stablehlo"]
@@ -203,10 +203,10 @@ def _folds(context):
         LiftingConv.__call__, GroupConv.__call__, PDOConv.__call__, GroupBatchNorm.__call__)
 
 
-def _norm_input(layer, args, kwargs):
-    x, train = (lambda x, train: (x, train))(*args, **kwargs)
-    if train:
-        raise ValueError(f"{_name(layer)} takes the statistics of its batch at inference too: call it with the network's train")
+def _norm_input(layer, x, train=None):
+    if trains(layer, "use_running_average", train):
+        raise ValueError(f"{_name(layer)} takes the statistics of its batch at inference too: call it with the network's "
+                         "train, or make it with use_running_average=True")
     return x
 
 
@@ -227,13 +227,14 @@ def _layers(network, variables, x):
             y = checkpoint_name(call(*args, **kwargs), f"{__name__} {len(outputs)}")
             outputs.append((path, y, set()))
             return y
-        x = _norm_input(layer, args, kwargs)
+        x = _norm_input(layer, *args, **kwargs)
+        told = () if layer.use_running_average else (False,)
         before, _, takers = next((output for output in outputs if output[1] is x), (None, None, None))
         sources.setdefault(path, set()).add(before)
         if before is None:
-            return call(x, False)
+            return call(x, *told)
         takers.add(path)
-        return call(jnp.zeros_like(x), False)  # what then still takes the convolution's output is something else
+        return call(jnp.zeros_like(x), *told)  # what then still takes the convolution's output is something else
 
     def run(variables, x):
         with nn.intercept_methods(record):
@@ -281,7 +282,7 @@ def _run(way, call, args, kwargs, context):
     layer = context.module
     if not isinstance(layer, GroupBatchNorm):
         return _convolution(way, layer, *args, **kwargs)
-    x = _norm_input(layer, args, kwargs)
+    x = _norm_input(layer, *args, **kwargs)
     dtype = layer.dtype or x.dtype
     if layer.has_variable("params", "scale"):  # not merged
         scale, bias = (layer.get_variable("params", name) for name in ("scale", "bias"))

@@ -34,11 +34,13 @@ class GroupBatchNorm(nn.Module):
       epsilon: added to the variance.
       axis_name: a mapped axis over which to average the statistics.
       dtype: of the result, by default that of the input (float32 for integers); parameters and running averages are float32.
+      use_running_average: whether it evaluates; told here, as ``nn.Sequential`` needs it, or by ``train`` at every call.
 
     Shapes: [batch, *space, channels, group.order] or [batch, *space, channels] -> the same.
 
     Raises:
-      ValueError: an input of another shape, or a representation that mixes values (use ``FieldBatchNorm``).
+      ValueError: an input of another shape, a representation that mixes values (use ``FieldBatchNorm``), or a layer that is not
+        told, or told twice, whether it trains.
 
     >>> import jax, pdo_jax as pdo
     >>> norm = pdo.GroupBatchNorm(pdo.groups.cyclic(8))
@@ -53,9 +55,11 @@ class GroupBatchNorm(nn.Module):
     epsilon: float = 1e-5
     axis_name: str | None = None
     dtype: Any = None
+    use_running_average: bool | None = None
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> jax.Array:
+    def __call__(self, x: Array, train: bool | None = None) -> jax.Array:
+        train = trains(self, "use_running_average", train)
         scalars = not field_axes("GroupBatchNorm", x, self.group, permuted=True, remedy="use nonlinearities.FieldBatchNorm")
         x = floating(x[..., None] if scalars else x)
         shape = x.shape[-2:-1]
@@ -99,6 +103,14 @@ def update(module: nn.Module, running: Mapping[str, nn.Variable[Any]], batch: Ma
             variable.value = value
 
 
+def trains(module: nn.Module, attribute: str, train: bool | None) -> bool:
+    """Whether a layer trains, which its attribute denies, or its call says, never both."""
+    if ((fixed := getattr(module, attribute)) is None) == (train is None):
+        raise ValueError(f"{type(module).__name__} must be told once whether it trains: by train=True or False when it is "
+                         f"called, or by {attribute}=False or True when it is made; got train={train} and {attribute}={fixed}")
+    return not fixed if train is None else train
+
+
 def floating(x: Array) -> jax.Array:
     """Whole numbers, and truth values, become float32."""
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
@@ -111,12 +123,13 @@ class GroupDropout(nn.Module):
       rate: the probability to drop, 0 <= rate < 1.
       group: what the field is of, a group or any representation.
       channels: drop whole channels, not single points.
+      deterministic: whether it drops nothing; told here, as ``nn.Sequential`` needs it, or by ``train`` at every call.
 
     Shapes: [batch, *space, channels, group.order] or [batch, *space, channels] -> the same. Needs the random stream "dropout"
     when training.
 
     Raises:
-      ValueError: a rate outside [0, 1), or an input of another shape.
+      ValueError: a rate outside [0, 1), an input of another shape, or a layer not told, or told twice, whether it trains.
 
     >>> import jax, pdo_jax as pdo
     >>> layer = pdo.GroupDropout(0.5, pdo.groups.cyclic(4))
@@ -128,9 +141,11 @@ class GroupDropout(nn.Module):
     rate: float
     group: Group | Representation
     channels: bool = False
+    deterministic: bool | None = None
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> jax.Array:
+    def __call__(self, x: Array, train: bool | None = None) -> jax.Array:
+        train = trains(self, "deterministic", train)
         if not 0 <= self.rate < 1:
             raise ValueError(f"the rate of GroupDropout must lie in [0, 1), got {self.rate}")
         scalars = not field_axes("GroupDropout", x, self.group)

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from pdo_jax.fields import Representation, direct_sum, field_axes, trivial
 from pdo_jax.groups import Array
-from pdo_jax.layers import GroupBatchNorm, floating, mean, update
+from pdo_jax.layers import GroupBatchNorm, floating, mean, trains, update
 from pdo_jax.lowering.channels import along, scale
 
 
@@ -45,7 +45,7 @@ class FieldBatchNorm(nn.Module):
 
     Attributes:
       rep: an orthogonal representation.
-      momentum, epsilon, axis_name, dtype: as for ``GroupBatchNorm``; statistics and parameters are float32.
+      The others as for ``GroupBatchNorm``.
 
     Shapes: [batch, *space, channels, rep.dim] -> the same.
 
@@ -58,9 +58,11 @@ class FieldBatchNorm(nn.Module):
     epsilon: float = 1e-5
     axis_name: str | None = None
     dtype: Any = None
+    use_running_average: bool | None = None
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> jax.Array:
+    def __call__(self, x: Array, train: bool | None = None) -> jax.Array:
+        train = trains(self, "use_running_average", train)
         _check("FieldBatchNorm", self.rep, x)
         options = dict(momentum=self.momentum, epsilon=self.epsilon, axis_name=self.axis_name, dtype=self.dtype)
         parts = []

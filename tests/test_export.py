@@ -101,7 +101,10 @@ NETWORKS = {  # name: network, shape of the input, convolutions, norms that are 
     "shared": (Net(shared), (2, 5, 5, 2), 3, 1),
     "remat": (Net(remat), (2, 5, 5, 2), 2, 1),
     "one layer": (pdo.LiftingConv(2, P8, use_bias=True), (2, 6, 6, 1), 1, 0),
-    "sequence": (nn.Sequential([pdo.LiftingConv(2, P4), nn.relu, pdo.GroupConv(2, P4)]), (2, 6, 6, 1), 2, 0),
+    "sequence": (nn.Sequential([
+        pdo.LiftingConv(2, P4), pdo.GroupBatchNorm(P4, use_running_average=True), nn.relu,
+        pdo.GroupDropout(0.5, P4, deterministic=True), pdo.GroupConv(2, P4), functools.partial(pdo.max_pool, group=P4),
+        pdo.GroupBatchNorm(P4, use_running_average=True)]), (2, 6, 6, 1), 2, 1),
 }
 each_network = pytest.mark.parametrize("name", NETWORKS)
 

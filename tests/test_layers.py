@@ -11,7 +11,7 @@ from flax import linen as nn
 from quick import jit
 
 import pdo_jax as pdo
-from pdo_jax import fields, groups
+from pdo_jax import fields, groups, nonlinearities
 
 LINE, P4, P8, P4M, O_H = groups.reflection(1), groups.cyclic(4), groups.cyclic(8), groups.dihedral(4), groups.octahedral(True)
 
@@ -198,6 +198,50 @@ def test_bad_rates_are_named(rate):
     for train in (True, False):
         with pytest.raises(ValueError, match=r"\[0, 1\), got"):
             pdo.GroupDropout(rate, P4).apply({}, jnp.ones((1, 2, 2, 1, 4)), train, rngs={"dropout": jax.random.key(0)})
+
+
+# Told at construction, or at every call.
+
+
+class Composed(nn.Module):
+    """The layers of ``sequence``, each told at its call whether it trains."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = pdo.LiftingConv(2, P4, kernel_size=3, name="layers_0")(x)
+        x = nn.relu(pdo.GroupBatchNorm(P4, name="layers_1")(x, train))
+        x = pdo.max_pool(pdo.GroupDropout(0.5, P4, name="layers_3")(x, train=train), P4)
+        return nonlinearities.FieldBatchNorm(fields.regular(P4), name="layers_5")(x, train)
+
+
+def sequence(train):
+    return nn.Sequential([
+        pdo.LiftingConv(2, P4, kernel_size=3), pdo.GroupBatchNorm(P4, use_running_average=not train), nn.relu,
+        pdo.GroupDropout(0.5, P4, deterministic=not train), functools.partial(pdo.max_pool, group=P4),
+        nonlinearities.FieldBatchNorm(fields.regular(P4), use_running_average=not train)])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_layers_in_a_sequence(train):
+    """Layers told at their construction whether they train give, in nn.Sequential, the outputs and statistics of those told at
+    their call, from the same variables; training and evaluation differ."""
+    x, keys = normal(3, 6, 6, 1), {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    variables = jit(sequence(True).init)(keys, x)
+    run = lambda network, *told: jit(lambda v, x: network.apply(v, x, *told, rngs=keys, mutable="batch_stats"))(variables, x)
+    found, expected, other = run(sequence(train)), run(Composed(), train), run(sequence(not train))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (found, other)), strict=True))
+
+
+@pytest.mark.parametrize("layer, attribute", [
+    (pdo.GroupBatchNorm(P4), "use_running_average"), (pdo.GroupDropout(0.5, P4), "deterministic"),
+    (nonlinearities.FieldBatchNorm(fields.standard(P4)), "use_running_average")], ids=lambda v: type(v).__name__)
+def test_a_layer_is_told_once_whether_it_trains(layer, attribute):
+    """Neither at construction nor at the call, or at both: a ValueError that names both ways."""
+    x = jnp.ones((1, 4, 4, 2, 2 if isinstance(layer, nonlinearities.FieldBatchNorm) else 4))
+    for given, train in ((layer, None), (layer.clone(**{attribute: True}), False), (layer.clone(**{attribute: False}), False)):
+        with pytest.raises(ValueError, match=rf"{type(layer).__name__} must be told once.*train=.*{attribute}="):
+            given.init({"params": jax.random.key(0)}, x, train)
 
 
 # Pooling.
