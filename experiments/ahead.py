@@ -25,7 +25,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pdo_jax as pdo
-from experiments import config, train
+from experiments import config, programs
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "v5e:16x16")
 """Those that are known to work; libtpu takes others of the same form."""
@@ -101,10 +101,10 @@ def lower(settings: config.Config, images: Sequence[int], mesh: Mesh, steps: int
     """The program that `train` would run on the mesh, before XLA: one step, or a compiled loop over `steps` batches."""
     n, *shape = images
     half = np.full(shape[-1], 0.5)  # in place of the data's moments
-    model = train.make_model(settings, half, half)
-    step = train.step_function(settings, model, max(1, n // settings.batch_size), mesh.size)
-    program = train.repeated(step, True, "jit", mesh) if steps else train.mapped(step, "jit", mesh)
-    state = jax.eval_shape(lambda: train.new_state(settings, model, shape))
+    model = programs.make_model(settings, half, half)
+    step = programs.step_function(settings, model, max(1, n // settings.batch_size), mesh.size)
+    program = programs.repeated(step, True, "jit", mesh) if steps else programs.mapped(step, "jit", mesh)
+    state = jax.eval_shape(lambda: programs.new_state(settings, model, shape))
     rows = (steps, settings.batch_size) if steps else (settings.batch_size,)
     data = [jax.ShapeDtypeStruct(*of) for of in (((n, *shape), jnp.float32), ((n,), jnp.int32), (rows, jnp.int32))]
     everywhere = NamedSharding(mesh, PartitionSpec())

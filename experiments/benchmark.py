@@ -4,7 +4,7 @@ Prints Markdown tables, and keeps `benchmark.md`, `benchmark.json` (every number
 date after each case, so that an interrupted run loses nothing. The parts:
 
 layers     a GroupConv of p8 in each lowering: forward, and with the gradients of input and weights
-steps      training steps of the paper's networks, as `experiments.train` makes them
+steps      training steps of the paper's networks, as `experiments.programs` makes them
 growth     a GroupConv of 16 channels against the order of the cyclic group, and the exponent of its growth
 inference  MnistRotNet folded into plain convolutions, and as it is
 construct  from `import pdo_jax` to the first step, in fresh processes
@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pdo_jax as pdo
-from experiments import cases, config, main, peers, tables, timing, train, workdir
+from experiments import cases, config, main, peers, programs, tables, timing, workdir
 from experiments.cases import FULL, LARGE, QUICK, Sizes, Task
 from pdo_jax import export
 
@@ -186,7 +186,7 @@ def first_steps(task: Task, dtype: str):
     began = time.perf_counter()
     given = cases.setting(task, dtype)
     jitted, data = cases.step(given, task.shape)
-    abstract = jax.eval_shape(lambda: train.new_state(given, cases.model(given, task.shape), task.shape))
+    abstract = jax.eval_shape(lambda: programs.new_state(given, cases.model(given, task.shape), task.shape))
     facts = {"construct_seconds": time.perf_counter() - began}
     compiled, compilation = timing.compile_program(jitted, abstract, *data)
     began = time.perf_counter()

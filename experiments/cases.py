@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pdo_jax as pdo
-from experiments import config, timing, train
+from experiments import config, programs, timing
 from experiments.baselines import MnistRotCNN, ResNetCNN
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -95,28 +95,28 @@ def setting(task: Task, dtype: str, **changes) -> config.Config:
 
 
 def step(given: config.Config, shape, loop: int = 0, options: Mapping | None = None):
-    """(The jitted training step of `experiments.train`, or a loop of so many; its data). Its first argument is a state."""
-    mesh, batch, random = train.all_devices(), given.batch_size, np.random.default_rng(0)
-    function = train.step_function(given, model(given, shape), 1, mesh.size)
-    jitted = train.repeated(function, True, "jit", mesh) if loop else train.mapped(function, "jit", mesh, options=options)
+    """(The jitted training step of `experiments.programs`, or a loop of so many; its data). Its first argument is a state."""
+    mesh, batch, random = programs.all_devices(), given.batch_size, np.random.default_rng(0)
+    function = programs.step_function(given, model(given, shape), 1, mesh.size)
+    jitted = programs.repeated(function, True, "jit", mesh) if loop else programs.mapped(function, "jit", mesh, options=options)
     images, labels = random.normal(size=(batch, *shape)).astype(np.float32), random.integers(0, 10, batch).astype(np.int32)
     rows = np.arange(batch, dtype=np.int32)
     return jitted, (images, labels, np.tile(rows, (loop, 1)) if loop else rows)
 
 
-def step_program(given: config.Config, shape, state: train.State, loop: int = 0, options=None) -> timing.Program:
+def step_program(given: config.Config, shape, state: programs.State, loop: int = 0, options=None) -> timing.Program:
     jitted, data = step(given, shape, loop, options)
     program = timing.program(jitted, state, *data, carry=True, steps=loop or 1, options=options)
     program.facts["parameters"] = parameters(state.params)
     return program
 
 
-def state(given: config.Config, shape) -> train.State:
-    return train.initial_state(given, model(given, shape), shape)
+def state(given: config.Config, shape) -> programs.State:
+    return programs.initial_state(given, model(given, shape), shape)
 
 
-def model(given: config.Config, shape) -> train.Model:
-    return train.make_model(given, np.zeros(shape[-1]), np.ones(shape[-1]))
+def model(given: config.Config, shape) -> programs.Model:
+    return programs.make_model(given, np.zeros(shape[-1]), np.ones(shape[-1]))
 
 
 def in_parts(call: Callable, size: int) -> Callable:

@@ -13,9 +13,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from experiments import train
+from experiments import programs
 from experiments.config import Config, ConfigError
-from experiments.datasets import Dataset, Split
+from experiments.datasets import SPLITS, Dataset, Split
 from experiments.workdir import TrainError
 
 
@@ -23,7 +23,7 @@ def data(given: Dataset) -> Dataset:
     """The data set with images float32, bytes brought to [0, 1], and labels int32; an error for what cannot be trained on."""
     if isinstance(given.num_classes, bool) or not isinstance(given.num_classes, int | np.integer) or given.num_classes < 1:
         raise TrainError(f"{given.name} has num_classes {given.num_classes!r}; expected a whole number of at least 1")
-    splits = {name: _split(given, name) for name in train.SPLITS}
+    splits = {name: _split(given, name) for name in SPLITS}
     for name in ("train", "test"):
         if not len(splits[name].labels):
             raise TrainError(f"the {name} set of {given.name} is empty; it needs at least one image")
@@ -64,7 +64,7 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
 
     images = jax.ShapeDtypeStruct((config.batch_size // devices, *shape), jnp.float32)
     with _trying(f"the network {name} on images {list(images.shape)}"):
-        variables = jax.eval_shape(lambda: train.new_variables(model, jax.random.key(0), shape))
+        variables = jax.eval_shape(lambda: programs.new_variables(model, jax.random.key(0), shape))
         if not jax.tree.leaves(variables.get("params")):
             raise TrainError(f"the network {name} has no parameters to train")
         unknown = sorted(variables.keys() - {"params", "batch_stats"})
@@ -83,15 +83,15 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
     with _trying("learning_rate"):
         _rates(config, size // config.batch_size)
     with _trying("optimizer"):
-        optimiser = train.make_optimiser(config, 1)
+        optimiser = programs.make_optimiser(config, 1)
         if not isinstance(optimiser, optax.GradientTransformation):
             raise TrainError(f"optimizer gives {optimiser!r:.100}; expected an optax transformation, as optax.adam does")
     with _trying("a step of training"):
-        state = jax.eval_shape(lambda variables: train.state_of(config, variables), variables)
-        step = train.step_function(config, model, size // config.batch_size, devices)
+        state = jax.eval_shape(lambda variables: programs.state_of(config, variables), variables)
+        step = programs.step_function(config, model, size // config.batch_size, devices)
         rows = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
         split = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in given.train]
-        new, _ = jax.eval_shape(train.mapped(step, "jit", mesh), state, *split, rows)
+        new, _ = jax.eval_shape(programs.mapped(step, "jit", mesh), state, *split, rows)
     with _trying("a step of training, in which network and optimiser must keep the shapes and types of their state,"):
         chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
 
@@ -99,10 +99,10 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
 def _rates(config, steps):
     """Rates are tried at up to a thousand moments of the run."""
     moments = np.linspace(0, config.epochs, min(1000, config.epochs * steps + 1), dtype=np.float32)
-    rates = jax.eval_shape(lambda: train.rate(config, jnp.float32(0)))
+    rates = jax.eval_shape(lambda: programs.rate(config, jnp.float32(0)))
     if rates.shape != () or not jnp.issubdtype(rates.dtype, jnp.floating):
         raise TrainError(f"learning_rate gives {_kind(rates)}; expected one number for an epoch")
-    rates = np.asarray(jax.jit(jax.vmap(lambda epoch: train.rate(config, epoch)))(moments))
+    rates = np.asarray(jax.jit(jax.vmap(lambda epoch: programs.rate(config, epoch)))(moments))
     wrong = ~(np.isfinite(rates) & (rates >= 0))
     if wrong.any():
         raise TrainError(f"learning_rate is {rates[wrong][0]} at epoch {moments[wrong][0]:g}; it must be finite and at least 0")

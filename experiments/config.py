@@ -102,8 +102,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a file, with `overrides` of the form "key=value" put over it."""
     path = Path(path)
     if not path.is_file():
-        near = sorted(str(p) for p in (Path(__file__).parent / "configs").glob("[!_]*.py"))
-        raise ConfigError(f"no config file {path}; give the path of a Python file, such as\n  " + "\n  ".join(near))
+        known = {file.stem: file for file in sorted((Path(__file__).parent / "configs").glob("[!_]*.py"))}
+        near = difflib.get_close_matches(path.stem, known, n=1) or ["quick"]
+        raise ConfigError(f"no config file {path}; give the path of a Python file, such as {known[near[0]]}")
     loader = importlib.machinery.SourceFileLoader(path.stem, str(path))  # whatever the file's ending
     try:
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(path.stem, loader))

@@ -132,7 +132,7 @@ def agree(here: Mapping):
 def code(config: Config, source: Mapping | None = None) -> dict[str, str]:
     """{module: hash} of the program text that the config names, and of all that this text imports, but installed packages.
 
-    Comments and docstrings do not count. Of the loop itself, `experiments.train` counts.
+    Comments and docstrings do not count. Of the loop itself, `experiments.programs` and `experiments.train` count.
     """
     queue = sorted({name for thing in _named(config) if (name := getattr(thing, "__module__", None))})
     found = {}
@@ -145,8 +145,7 @@ def code(config: Config, source: Mapping | None = None) -> dict[str, str]:
                        for value in vars(module).values())
             queue += [other for other in dict.fromkeys(reached) if isinstance(other, str) and other not in found
                       and (_in_experiments(name) or not _in_experiments(other))]  # what runs a network is no part of it
-    loop = Path(__file__).with_name("train.py")
-    found["experiments.train"] = _text_hash(loop)
+    found |= {f"experiments.{name}": _text_hash(Path(__file__).with_name(f"{name}.py")) for name in ("programs", "train")}
     if source:
         found["the config file"] = _text_hash(Path(source["file"]))
     return dict(sorted(found.items()))

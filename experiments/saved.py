@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from experiments import check, datasets, record, train
+from experiments import check, datasets, programs, record, train
 from experiments.config import Config, ConfigError
 from experiments.workdir import TrainError, restore, saved_epochs
 from pdo_jax import architecture, networks, weights
@@ -26,7 +26,7 @@ class Run(NamedTuple):
     """A network of a run after an epoch."""
 
     config: Config
-    model: train.Model
+    model: programs.Model
     variables: Any
     epoch: int
     about: dict  # what config.json says
@@ -59,14 +59,14 @@ def evaluate_pretrained(name: str) -> dict:
     """The test error of a network of `pdo_jax.networks.PRETRAINED`."""
     network, variables = networks.load_pretrained(name)
     config = Config(network, dataset=networks.PRETRAINED[name].data)
-    model = train.Model(network, np.float32(0), np.float32(1))  # it normalises its images itself
+    model = programs.Model(network, np.float32(0), np.float32(1))  # it normalises its images itself
     return {"epoch": None, **test_error(config, model, variables, check.data(train.load_data(config)))}
 
 
-def test_error(config: Config, model: train.Model, variables, data: datasets.Dataset) -> dict:
-    mesh = train.all_devices()
-    evaluate_split = train.evaluation_program(config, model, data.num_classes, mesh)
-    confusion, loss = evaluate_split(train.place(mesh, variables), data.test)
+def test_error(config: Config, model: programs.Model, variables, data: datasets.Dataset) -> dict:
+    mesh = programs.all_devices()
+    evaluate_split = programs.evaluation_program(config, model, data.num_classes, mesh)
+    confusion, loss = evaluate_split(programs.place(mesh, variables), data.test)
     return {"test_error": train.error_rate(confusion), "test_loss": loss, "dataset": data.name}
 
 
@@ -106,8 +106,8 @@ def load(path: str | Path, config: Config | None = None) -> Run:
     about = record.read_config(workdir)
     inputs, config = about["input"], config_of(about["record"], workdir, config)
     try:
-        model = train.make_model(config, inputs["mean"], inputs["deviation"])
-        variables = jax.eval_shape(lambda: train.new_variables(model, jax.random.key(0), inputs["shape"]))
+        model = programs.make_model(config, inputs["mean"], inputs["deviation"])
+        variables = jax.eval_shape(lambda: programs.new_variables(model, jax.random.key(0), inputs["shape"]))
     except Exception as error:
         raise TrainError(f"the network of {workdir} cannot be built: {type(error).__name__}: {str(error)[:300]}") from error
     epochs = saved_epochs(workdir)

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 import pdo_jax as pdo
-from experiments import figures, measures, saved, train
+from experiments import figures, measures, programs, saved, train
 from experiments.baselines import MnistRotCNN, ResNetCNN
 from experiments.config import Config, piecewise
 from experiments.datasets import Dataset, Split
@@ -75,7 +75,7 @@ def flat(tree) -> np.ndarray:
 
 
 def final_state(workdir: Path, config: Config):
-    fresh = train.initial_state(config, train.make_model(config, [0], [1]), (4, 4, 1))
+    fresh = programs.initial_state(config, programs.make_model(config, [0], [1]), (4, 4, 1))
     return restore(workdir, max(saved_epochs(workdir)), fresh)
 
 
@@ -142,8 +142,8 @@ def test_the_epoch_equals_a_plain_loop(run, tmp_path, changes):
         config, workdir = make_config(**changes), tmp_path
         train.train(config, workdir, data)
     mean, deviation = data.train.images.mean(), data.train.images.std()
-    model = train.make_model(config, [mean], [deviation])
-    state = train.initial_state(config, model, (4, 4, 1))
+    model = programs.make_model(config, [mean], [deviation])
+    state = programs.initial_state(config, model, (4, 4, 1))
     params, stats, moments = state.params, state.batch_stats, None
 
     def loss(params, stats, x, y):
@@ -179,7 +179,7 @@ def test_the_test_error_counts_every_image_once(run):
     """The padded last batch counts nothing, and the error is that of the last epoch's network."""
     config, workdir, result = run
     data = make_data()
-    model = train.make_model(config, [data.train.images.mean()], [data.train.images.std()])
+    model = programs.make_model(config, [data.train.images.mean()], [data.train.images.std()])
     logits = model.logits(final_state(workdir, config).variables, data.test.images, train=False)
     assert result["test_error"] == pytest.approx(np.mean(logits.argmax(-1) != data.test.labels))
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, data.test.labels).mean()
@@ -204,13 +204,13 @@ def test_the_files_of_a_run(run):
 
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_a_compiled_epoch_equals_a_python_loop(parallel):
-    data, mesh = make_data(), train.all_devices()
+    data, mesh = make_data(), programs.all_devices()
     ends = []
     for scan in (True, False):
         config = make_config(network=Net(dropout=0.3), augment=shift, parallel=parallel, scan=scan)
-        model = train.make_model(config, [0.5], [0.3])
-        state = train.place(mesh, train.initial_state(config, model, (4, 4, 1)))
-        program, used = train.epoch_program(config, model, data.train, mesh, state)
+        model = programs.make_model(config, [0.5], [0.3])
+        state = programs.place(mesh, programs.initial_state(config, model, (4, 4, 1)))
+        program, used = programs.epoch_program(config, model, data.train, mesh, state)
         assert used is scan
         state, metrics = program(state, 1)
         ends.append(np.append(flat(state), list(metrics.values())))
@@ -219,12 +219,12 @@ def test_a_compiled_epoch_equals_a_python_loop(parallel):
 
 def test_a_compiled_loop_is_chosen_unless_convolutions_would_be_slow_in_it():
     """On a CPU XLA runs lax.conv some 30 times slower inside a loop."""
-    mesh = train.all_devices()
+    mesh = programs.all_devices()
     for network, loops in ((Net(), True), (ResNetCNN(1, (2,), 3), jax.default_backend() != "cpu")):
         config = make_config(network=network)
-        model = train.make_model(config, [0.5], [0.3])
-        state = train.initial_state(config, model, (4, 4, 1))
-        assert train.epoch_program(config, model, make_data().train, mesh, state)[1] is loops
+        model = programs.make_model(config, [0.5], [0.3])
+        state = programs.initial_state(config, model, (4, 4, 1))
+        assert programs.epoch_program(config, model, make_data().train, mesh, state)[1] is loops
 
 
 def test_steps_wait_for_one_another_on_several_cpu_devices_alone(monkeypatch):
@@ -234,16 +234,16 @@ def test_steps_wait_for_one_another_on_several_cpu_devices_alone(monkeypatch):
     for platform, size, expected in (("cpu", 1, 0), ("cpu", 2, 1), ("gpu", 2, 1)):
         device = cpu[0] if platform == "cpu" else types.SimpleNamespace(platform=platform)
         mesh = types.SimpleNamespace(devices=np.array([device], object), size=size)
-        assert train.one_by_one(mesh, "outputs") == "outputs" and len(waited) == expected
+        assert programs.one_by_one(mesh, "outputs") == "outputs" and len(waited) == expected
 
 
 def test_bfloat16_computes_in_it_and_keeps_float32_weights():
     config = make_config(dtype="bfloat16")
-    model = train.make_model(config, [0.5], [0.3])
-    state = train.initial_state(config, model, (4, 4, 1))
+    model = programs.make_model(config, [0.5], [0.3])
+    state = programs.initial_state(config, model, (4, 4, 1))
     assert model.logits(state.variables, make_data().test.images, train=False).dtype == jnp.bfloat16
-    mesh = train.all_devices()
-    state, _ = train.epoch_program(config, model, make_data().train, mesh, state)[0](train.place(mesh, state), 1)
+    mesh = programs.all_devices()
+    state, _ = programs.epoch_program(config, model, make_data().train, mesh, state)[0](programs.place(mesh, state), 1)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
@@ -270,13 +270,13 @@ class Invariant(nn.Module):
 
 def test_a_network_of_a_group_reports_its_equivariance_and_shows_its_stencils():
     """The logits stand still under quarter turns; the stencils of an orientation are those of the first, turned."""
-    model = train.Model(Invariant(), np.float32([0.4]), np.float32([0.2]))
-    variables = train.initial_state(make_config(network=Invariant()), model, (8, 8, 1)).variables
+    model = programs.Model(Invariant(), np.float32([0.4]), np.float32([0.2]))
+    variables = programs.initial_state(make_config(network=Invariant()), model, (8, 8, 1)).variables
     images = np.random.default_rng(0).random((5, 8, 8, 1), np.float32)
     errors = train.equivariance_error(model, variables, images)
     assert list(errors) == ["turn 0", "turn 90", "turn 180", "turn 270"] and max(errors.values()) < 1e-5
     assert measures.element_name(0, np.diag([1.0, -1.0])) == "mirror 0"
-    assert train.equivariance_error(train.Model(Net(), 0, 1), variables, images) is None
+    assert train.equivariance_error(programs.Model(Net(), 0, 1), variables, images) is None
     kernels = figures.lifting_kernels(model.network, variables, (8, 8, 1))
     assert kernels.shape == (3, 3, 2, 4)
     for turns in range(4):
@@ -346,14 +346,14 @@ def test_a_run_that_stops_before_its_time_is_over_goes_on_to_the_same_bits(run, 
     data = make_data()
     assert train.train(config, tmp_path, data, minutes=0) is None and saved_epochs(tmp_path) == []
 
-    def unread(*arguments, program=train.evaluation_program):
+    def unread(*arguments, program=programs.evaluation_program):
         evaluate = program(*arguments)
         return lambda variables, split: evaluate(variables, split if len(split.labels) == 15 else pytest.fail("test set read"))
 
     for epochs in (1, 3):
         with monkeypatch.context() as patched:
             patched.setattr(train, "time_for_more", lambda began, minutes, history, most=epochs: len(history) < most)
-            patched.setattr(train, "evaluation_program", unread)
+            patched.setattr(programs, "evaluation_program", unread)
             assert train.train(config, tmp_path, data, minutes=9) is None
         assert saved_epochs(tmp_path)[-1] == epochs and not (tmp_path / "result.json").exists()
     assert train.train(config, tmp_path, data, minutes=9)["test_loss"] == result["test_loss"]

@@ -38,6 +38,9 @@ class Split(NamedTuple):
     labels: np.ndarray  # int32, [n]
 
 
+SPLITS = ("train", "validation", "test")
+
+
 class Dataset(NamedTuple):
     name: str
     train: Split
