@@ -16,11 +16,12 @@ from pdo_jax import (
 )
 from pdo_jax._version import __version__
 from pdo_jax.conv import GroupConv, LiftingConv, PDOConv
-from pdo_jax.layers import GroupBatchNorm, GroupDropout, blur_pool, group_pool, max_pool, mean_pool
+from pdo_jax.layers import GroupBatchNorm, GroupDropout
 from pdo_jax.lowering.compiler import compiler_options
+from pdo_jax.sampling import blur_pool, group_pool, max_pool, mean_pool, norm_max_pool, upsample
 
 __all__ = [
     "GroupBatchNorm", "GroupConv", "GroupDropout", "LiftingConv", "PDOConv", "__version__", "architecture", "blur_pool",
     "compiler_options", "equivariance", "export", "fields", "group_pool", "groups", "kernels", "lowering", "max_pool",
-    "mean_pool", "networks", "nonlinearities", "operators", "steerable", "stencils",
+    "mean_pool", "networks", "nonlinearities", "norm_max_pool", "operators", "steerable", "stencils", "upsample",
 ]

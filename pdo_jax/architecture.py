@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from pdo_jax import fields, groups
 
-FUNCTIONS = ("pdo_jax.stencils", "pdo_jax.layers", "pdo_jax.nonlinearities", "jax.nn", "jax.nn.initializers", "jax.numpy",
+FUNCTIONS = ("pdo_jax.stencils", "pdo_jax.sampling", "pdo_jax.nonlinearities", "jax.nn", "jax.nn.initializers", "jax.numpy",
              "flax.linen.pooling")
 """Where the functions that a network holds are looked up."""
 

@@ -284,7 +284,7 @@ def group_of(on: Group | Representation) -> Group:
 
 
 def field_axes(what: str, x: Array, on: Group | Representation, *, scalars: bool = True, permuted: bool = False,
-               remedy: str = "") -> bool:
+               orthogonal: bool = False, remedy: str = "") -> bool:
     """Whether x is a field [batch, *space, channels, d], and not one of scalars [batch, *space, channels].
 
     A group stands for its regular representation.
@@ -294,16 +294,18 @@ def field_axes(what: str, x: Array, on: Group | Representation, *, scalars: bool
       x: an array.
       on: what the field is of.
       scalars: whether scalars are taken too.
-      permuted: whether the group must permute the values.
+      permuted: whether the group must permute the values; orthogonal: whether it must keep lengths.
       remedy: what to do where it does not, or where scalars are given and not taken.
 
     Raises:
-      ValueError: an x of any other shape, or a representation that mixes values.
+      ValueError: an x of any other shape, or another representation.
     """
     group, size = group_of(on), on.dim if isinstance(on, Representation) else on.order
     if permuted and isinstance(on, Representation) and not on.is_permutation:
         raise ValueError(f"{what} acts on single values, which {on!r} mixes: it commutes only with a group that permutes them "
                          f"(trivial, regular, quotient){remedy and ': ' + remedy}")
+    if orthogonal and isinstance(on, Representation) and not on.is_orthogonal:
+        raise ValueError(f"{what} measures lengths, which {on!r} does not keep: change its basis to make it orthogonal")
     if x.ndim == group.dim + 3 and x.shape[-1] == size:
         return True
     if scalars and x.ndim == group.dim + 2:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pdo_jax import groups, layers, stencils, weights
+from pdo_jax import groups, layers, sampling, stencils, weights
 from pdo_jax.conv import Framed, GroupConv, LiftingConv
 from pdo_jax.groups import Array
 
@@ -61,13 +61,13 @@ class MnistRotNet(Framed):
             x = (LiftingConv if layer == 1 else GroupConv)(**conv, name=f"conv{layer}")(x)
             x = self.activation(layers.GroupBatchNorm(self.group, axis_name=self.axis_name, name=f"norm{layer}")(x, train))
             if layer == 2:
-                x = layers.max_pool(x, self.group)
+                x = sampling.max_pool(x, self.group)
             else:
                 x = layers.GroupDropout(self.dropout, self.group)(x, train)
         if self.head == "invariant":
             x = GroupConv(self.head_features, kernel_size=1, **options, name="head_conv")(x)
             x = self.activation(layers.GroupBatchNorm(self.group, axis_name=self.axis_name, name="head_norm")(x, train))
-            x = layers.group_pool(x.astype(jnp.float32).mean((1, 2), keepdims=True), self.group, "max")
+            x = sampling.group_pool(x.astype(jnp.float32).mean((1, 2), keepdims=True), self.group, "max")
         x = x.reshape(x.shape[0], math.prod(x.shape[1:])).astype(jnp.float32)
         return nn.Dense(self.num_classes, use_bias=self.head != "paper", name="head")(x)
 
@@ -122,13 +122,13 @@ class ResNet(Framed):
                 down = 2 if stage and block == 0 else 1
                 y, strides = activate(x), down
                 if down == 2 and self.downsample == "pool":
-                    x, y, strides = layers.mean_pool(x, self.group), layers.mean_pool(y, self.group), 1
+                    x, y, strides = sampling.mean_pool(x, self.group), sampling.mean_pool(y, self.group), 1
                 if x.shape[-2] != width or strides != 1:
                     x = GroupConv(width, kernel_size=1, strides=strides, **options)(x)
                 y = conv(width, strides=strides)(y)
                 x = x + conv(width)(activate(y))
         x = activate(x).astype(jnp.float32).mean(tuple(range(1, 1 + self.group.dim)), keepdims=True)
-        x = layers.group_pool(x, self.group) if self.invariant else x
+        x = sampling.group_pool(x, self.group) if self.invariant else x
         return nn.Dense(self.num_classes, name="head")(x.reshape(x.shape[0], math.prod(x.shape[1:])))
 
 

@@ -179,6 +179,4 @@ def _joined(rep, parts):
 
 
 def _check(what, rep, x):
-    field_axes(what, x, rep, scalars=False)
-    if not rep.is_orthogonal:
-        raise ValueError(f"{what} measures lengths, which {rep!r} does not keep: change its basis to make it orthogonal")
+    field_axes(what, x, rep, scalars=False, orthogonal=True)

@@ -96,6 +96,11 @@ def items(dim, batch=2, dtype=jnp.float32):
         "max_pool": lambda: Item(lambda _, x: pdo.max_pool(x, group), {}, apart(field())),
         "max_pool 2/1": lambda: Item(lambda _, x: pdo.max_pool(x, regular, 2, 1), {}, apart(field())),
         "mean_pool": lambda: Item(lambda _, x: pdo.mean_pool(x, vector), {}, field(dim)),
+        "norm_max_pool": lambda: Item(lambda _, x: pdo.norm_max_pool(x, vector), {}, field(dim)),
+        "mean_pool 3/1 periodic": lambda: Item(lambda _, x: pdo.mean_pool(x, group, 3, 1, periodic=True), {}, field()),
+        "upsample": lambda: Item(lambda _, x: pdo.upsample(x, vector), {}, field(dim)),
+        "upsample nearest": lambda: Item(lambda _, x: pdo.upsample(x, group, 2, "nearest", sizes=[
+            2 * n - 1 for n in space]), {}, field(None)),
         "blur_pool": lambda: Item(lambda _, x: pdo.blur_pool(x, group), {}, field(None)),
         "group_pool mean": lambda: Item(lambda _, x: pdo.group_pool(x, group), {}, field()),
         "group_pool max": lambda: Item(lambda _, x: pdo.group_pool(x, regular, "max"), {}, apart(field())),

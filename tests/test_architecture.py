@@ -16,7 +16,7 @@ FLOORS = [  # from the ground up; within a floor a module may use those before i
     ["kernels", "steerable"],
     ["lowering.compiler", "lowering.bilinear", "lowering.layout", "lowering.channels", "lowering.dense", "lowering.matmul",
      "lowering.fourier", "lowering"],
-    ["conv", "layers", "nonlinearities", "architecture", "weights"],
+    ["conv", "layers", "sampling", "nonlinearities", "architecture", "weights"],
     ["networks"],
     ["equivariance", "export"],
     ["__init__"],
@@ -29,6 +29,7 @@ THIRD_PARTY = {  # what each floor may use; numpy alone where mathematics is don
     "lowering.channels": {"jax"}, "lowering.dense": {"jax"},
     "lowering.matmul": {"numpy", "jax"}, "lowering.fourier": {"numpy", "jax"}, "lowering": {"numpy", "jax"},
     "conv": {"numpy", "jax", "flax"}, "layers": {"numpy", "jax", "flax"}, "nonlinearities": {"numpy", "jax", "flax"},
+    "sampling": {"numpy", "jax"},
     "networks": {"numpy", "jax", "flax"}, "export": {"numpy", "jax", "flax"},
     "architecture": {"numpy", "jax", "flax"}, "weights": {"numpy", "flax", "safetensors"}, "__init__": set(),
 }

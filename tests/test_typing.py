@@ -51,7 +51,8 @@ def test_public_signatures_are_annotated(name):
 
 
 def test_signatures_are_found():
-    assert {"pdo_jax.layers.max_pool", "pdo_jax.layers.GroupBatchNorm.__call__"} <= dict(signatures("pdo_jax.layers")).keys()
+    assert "pdo_jax.layers.GroupBatchNorm.__call__" in dict(signatures("pdo_jax.layers"))
+    assert "pdo_jax.sampling.max_pool" in dict(signatures("pdo_jax.sampling"))
 
 
 @pytest.mark.parametrize("layer", [pdo_jax.LiftingConv, pdo_jax.GroupConv])

@@ -138,6 +138,13 @@ def pad(x: jax.Array, padding: Sequence[tuple[int, int]], strides: Sequence[int]
     return hold(jax.lax.pad(x, jnp.zeros((), x.dtype), config))
 
 
+def extended(x: jax.Array, axis: int, low: int, high: int, mode: str) -> jax.Array:
+    """So many more points before and behind an axis, taken from it as by ``numpy.pad``: "wrap", "edge" or "reflect"."""
+    source = np.pad(np.arange(x.shape[axis]), (low, high), mode)
+    more = [jax.lax.slice_in_dim(x, k, k + 1, axis=axis) for k in (*source[:low], *source[len(source) - high:])]
+    return jnp.concatenate([*more[:low], x, *more[low:]], axis)
+
+
 def taps(x: jax.Array, stencil: np.ndarray, axis: int, strides: Sequence[int], *ranges: range) -> jax.Array:
     """Correlates x, of its first axes only the ``ranges``, with a stencil along the axes that start at ``axis``, in float32;
     sums points of equal weight first."""
