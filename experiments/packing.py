@@ -6,7 +6,7 @@ The file is a zip archive; what is larger than `PART` is cut into FILE.1-of-3, F
 import hashlib
 import io
 import json
-import tempfile
+import shutil
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -48,18 +48,19 @@ def unpack(file: Path, run: Path) -> int:
     """Makes the folder `run`, new or empty, of a packed run, all of it or nothing; returns the epoch that it is at."""
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise TrainError(f"{run} is there already; give a folder that is new or empty")
-    members = _members(_read(file), file)
+    members, whole = _members(_read(file), file), run.with_name(f".unpacking-{run.name}")
     try:
         run.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=run.parent) as folder:
-            whole = Path(folder, "run")
-            for name, data in members.items():
-                (whole / name).parent.mkdir(parents=True, exist_ok=True)
-                (whole / name).write_bytes(data)
-            epoch = max(saved_epochs(whole), default=0)
-            whole.rename(run)
+        shutil.rmtree(whole, ignore_errors=True)  # what a killed one has left
+        for name, data in members.items():
+            (whole / name).parent.mkdir(parents=True, exist_ok=True)
+            (whole / name).write_bytes(data)
+        epoch = max(saved_epochs(whole), default=0)
+        whole.rename(run)
     except OSError as error:
         raise TrainError(f"cannot write the folder {run}: {error.strerror}; choose another") from error
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
     return epoch
 
 

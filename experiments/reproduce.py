@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments import boundary
+from experiments.boundary import Refused
+
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"
 BEGIN, END = "<!-- from results/*.json, by python -m experiments.reproduce -->\n", "<!-- end -->\n"
@@ -64,37 +67,31 @@ ROWS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    if unknown := [row for row in options.rows if row not in ROWS]:
-        print(f"error: no row {unknown[0]!r}; the rows are {', '.join(ROWS)}", file=sys.stderr)
-        return 2
-    from experiments import config, datasets, workdir
+    return boundary.guarded(lambda: work(options))
 
-    began, failed = time.monotonic(), False
-    out = options.out or RESULTS
+
+def work(options: argparse.Namespace):
+    if unknown := [row for row in options.rows if row not in ROWS]:
+        raise Refused(f"no row {unknown[0]!r}; the rows are {', '.join(ROWS)}")
+    began, failed, out = time.monotonic(), [], options.out or RESULTS
     runs = out / "runs" if options.out else Path("runs")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, seed in missing(out, options.rows or list(ROWS)):
-            minutes = options.minutes - (time.monotonic() - began) / 60
-            print(f"{name}, seed {seed}", file=sys.stderr)
-            try:
-                done = run(name, seed, out, runs, minutes)
-            except (config.ConfigError, datasets.DataError, workdir.TrainError) as error:
-                print(f"error: {name}, seed {seed}: {error}", file=sys.stderr)
-                failed = True
-                continue
-            write_table(out)
-            if not done:
-                print("stopped before the time was over; the same command goes on", file=sys.stderr)
-                break
+    out.mkdir(parents=True, exist_ok=True)
+    for name, seed in missing(out, options.rows or list(ROWS)):
+        minutes = options.minutes - (time.monotonic() - began) / 60
+        boundary.say(f"{name}, seed {seed}")
+        try:
+            done = run(name, seed, out, runs, minutes)
+        except Refused as error:
+            boundary.say(f"error: {name}, seed {seed}: {error}")
+            failed.append(f"{name}, seed {seed}")
+            continue
         write_table(out)
-    except OSError as error:
-        print(f"error: cannot write {error.filename}: {error.strerror}; choose another --out", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 2 if failed else 0
+        if not done:
+            boundary.say("stopped before the time was over; the same command goes on")
+            break
+    write_table(out)
+    if failed:
+        raise Refused(f"not run, for the reasons above: {'; '.join(failed)}")
 
 
 def missing(out: Path, rows: Sequence[str]) -> list[tuple[str, int]]:
@@ -118,11 +115,13 @@ def run(name: str, seed: int, out: Path, runs: Path, minutes: float) -> bool:
 
 def write_table(out: Path):
     """Writes the table of all results in `out` into its README, between the two marks."""
+    from experiments import workdir
+
     readme = README if out == RESULTS else out / "README.md"
     text = readme.read_text() if readme.exists() else "# Recorded runs\n\n" + BEGIN + END
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    readme.write_text(before + BEGIN + table(out) + END + after)
+    workdir.write_text(readme, before + BEGIN + table(out) + END + after)
 
 
 def table(out: Path) -> str:
@@ -178,6 +177,7 @@ def parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     from experiments.main import restart_with_settings, spare
 
+    boundary.install("the same command goes on from the last checkpoint")
     restart_with_settings()
     spare()
     sys.exit(main())

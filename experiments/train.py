@@ -52,9 +52,9 @@ def train(
     """Trains to the config's last epoch, on from the last checkpoint in `workdir` if there is one; returns the result.
 
     `data` stands in for the config's data set. `source` says where the config came from, {"file": path, "overrides": [...]}.
-    No epoch is begun, nor the evaluation at the end, that would not end within `minutes` if it took as long as the first one,
-    which is compiled, or the last: then None is returned, and all that was done is in the last checkpoint. `force` goes on with
-    a run whose config, code, data, devices or versions have changed; the result tells so.
+    No epoch is begun that would not end within `minutes` if it took as long as one of the last two, nor the evaluation at the
+    end if it took as long as the first epoch, which is compiled: then None is returned, and all that was done is in the last
+    checkpoint. `force` goes on with a run whose config, code, data, devices or versions have changed; the result tells so.
     """
     began = time.perf_counter()
     workdir, writes = Path(workdir).absolute(), jax.process_index() == 0
@@ -83,7 +83,7 @@ def train(
         done = max(saved_epochs(workdir), default=0)
         state = restore(workdir, done, state) if done else state
         state, history = run_epochs(config, workdir, state, done, mesh, train_epoch, evaluate, data, began, minutes)
-        if len(history) < config.epochs or not time_for_more(began, minutes, history):
+        if len(history) < config.epochs or not time_for_more(began, minutes, history, compiles=True):
             return None
 
         confusion, loss = evaluate(state.variables, data.test)
@@ -117,7 +117,7 @@ def run_epochs(config, workdir, state, done, mesh, train_epoch, evaluate, data, 
     progress = tqdm(total=config.epochs, initial=done, unit="epoch", disable=not writes)
     with checkpoint_manager(workdir) as manager, contextlib.closing(Board(workdir, history, writes)) as board, progress as bar:
         for epoch in range(done + 1, config.epochs + 1):
-            if not time_for_more(began, minutes, history):
+            if not time_for_more(began, minutes, history, compiles=epoch == done + 1):
                 break
             epoch_began = time.perf_counter()
             state, metrics = train_epoch(state, epoch)
@@ -144,9 +144,11 @@ def run_epochs(config, workdir, state, done, mesh, train_epoch, evaluate, data, 
     return state, history
 
 
-def time_for_more(began: float, minutes: float, history: Sequence[Mapping]) -> bool:
-    """Whether an epoch as long as the first or the last one would end within `minutes`; process 0 decides for all."""
-    seconds = time.perf_counter() - began + max((line["seconds"] for line in [*history[:1], *history[-1:]]), default=0)
+def time_for_more(began: float, minutes: float, history: Sequence[Mapping], compiles: bool) -> bool:
+    """Whether an epoch as long as the last two, or what is compiled first and so takes as long as the first epoch, would end
+    within `minutes`; process 0 decides for all."""
+    lines = [*history[:1], *history[-1:]] if compiles else history[-2:]
+    seconds = time.perf_counter() - began + max((line["seconds"] for line in lines), default=0)
     return minutes == math.inf or bool(multihost_utils.broadcast_one_to_all(np.bool_(seconds < 60 * minutes)))
 
 

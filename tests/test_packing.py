@@ -17,7 +17,7 @@ def begun(tmp_path_factory):
     """A run of three epochs that stopped after the second."""
     run = tmp_path_factory.mktemp("begun") / "run"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train, "time_for_more", lambda began, minutes, history: len(history) < 2)
+        patched.setattr(train, "time_for_more", lambda began, minutes, history, compiles: len(history) < 2)
         assert train.train(make_config(ema=0.9), run, make_data()) is None
     return run
 
@@ -27,11 +27,13 @@ def test_a_packed_run_goes_on_elsewhere_to_the_same_bits(begun, tmp_path, monkey
     """In one file or in parts, through the command line; its metrics come along."""
     monkeypatch.setattr(packing, "PART", part)
     file, there, straight = tmp_path / "new" / "run.zip", tmp_path / "there", tmp_path / "straight"
+    (tmp_path / ".unpacking-there" / "left by a killed one").mkdir(parents=True)
     assert main.main(["--pack", str(begun), str(file)]) == 0
     sizes = [path.stat().st_size for path in file.parent.iterdir()]
     assert (len(sizes) == 1) is (part > 4000) and max(sizes) <= part
     assert main.main(["--unpack", str(file), str(there)]) == 0
     assert "after epoch 2" in capsys.readouterr().out and saved_epochs(there) == [2]
+    assert not list(tmp_path.glob(".unpacking*")) and not list(there.glob("left*"))
     config, data = make_config(ema=0.9), make_data()
     results = [train.train(config, folder, data) for folder in (there, straight)]
     assert results[0]["test_loss"] == results[1]["test_loss"]

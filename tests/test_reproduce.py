@@ -25,7 +25,7 @@ def test_rows_are_trained_stopped_resumed_and_written_down(rows, tmp_path, monke
     """A row that fails does not keep the next from running; what is recorded is not trained again."""
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(train, "time_for_more", lambda began, minutes, history: len(history) < 1)
+        patched.setattr(train, "time_for_more", lambda began, minutes, history, compiles: len(history) < 1)
         assert main(["two", "--minutes", "9", "--out", str(out)]) == 0
     assert "stopped before the time was over" in capsys.readouterr().err and not list(out.glob("*.json"))
     assert main(["--out", str(out)]) == 2

@@ -352,7 +352,7 @@ def test_a_run_that_stops_before_its_time_is_over_goes_on_to_the_same_bits(run, 
 
     for epochs in (1, 3):
         with monkeypatch.context() as patched:
-            patched.setattr(train, "time_for_more", lambda began, minutes, history, most=epochs: len(history) < most)
+            patched.setattr(train, "time_for_more", lambda began, minutes, history, compiles, most=epochs: len(history) < most)
             patched.setattr(programs, "evaluation_program", unread)
             assert train.train(config, tmp_path, data, minutes=9) is None
         assert saved_epochs(tmp_path)[-1] == epochs and not (tmp_path / "result.json").exists()
@@ -361,12 +361,13 @@ def test_a_run_that_stops_before_its_time_is_over_goes_on_to_the_same_bits(run, 
 
 
 def test_no_epoch_is_begun_that_would_not_end_in_time():
-    """It is taken to last as long as the first, which is compiled, or the last one."""
-    history = [{"seconds": 50.0}, {"seconds": 1.0}, {"seconds": 20.0}]
+    """It is taken to last as long as the last two, or, if it is yet to be compiled, as the first one too."""
+    history = [{"seconds": 50.0}, {"seconds": 20.0}, {"seconds": 1.0}]
     began = time.perf_counter() - 60
     for minutes, enough in ((0.9, False), (1.7, False), (2.0, True), (float("inf"), True)):
-        assert train.time_for_more(began, minutes, history) is enough
-    assert train.time_for_more(began, 1.5, history[1:]) and not train.time_for_more(began, 0.5, [])
+        assert train.time_for_more(began, minutes, history, compiles=True) is enough
+    assert train.time_for_more(began, 1.5, history, compiles=False) and not train.time_for_more(began, 1.3, history, False)
+    assert not train.time_for_more(began, 0.5, [], compiles=True)
 
 
 # Bad input
