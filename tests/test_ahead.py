@@ -15,7 +15,8 @@ import jax
 import pytest
 
 import pdo_jax as pdo
-from experiments import ahead, config
+from experiments import config
+from experiments.benchmark import ahead
 from experiments.config import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,7 @@ PROGRAM = """
 import json, os
 import jax
 import pdo_jax as pdo
-from experiments import ahead
+from experiments.benchmark import ahead
 from experiments.config import Config, ConfigError
 
 before = dict(os.environ)

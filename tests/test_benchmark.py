@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 import pdo_jax as pdo
-from experiments import benchmark, cases, tables, timing
-from experiments.benchmark import Options
-from experiments.cases import QUICK, Task
-from experiments.timing import Peer, PeerError, Program
+from experiments.benchmark import __main__ as command
+from experiments.benchmark import cases, race, tables, timing
+from experiments.benchmark.cases import QUICK, Task
+from experiments.benchmark.race import Options
+from experiments.benchmark.timing import Peer, PeerError, Program
 
 SMALL = Task("cifar10_p8_wide", 2, (4, 4, 3), 2, {"widths": (1,), "blocks": 1, "kernel_size": 1})
 SIZES = dataclasses.replace(QUICK, tasks={"MnistRotNet": QUICK.tasks["MnistRotNet"], "small": SMALL}, batches=(2,))
@@ -66,7 +67,7 @@ def measured(rows):
 
 def test_layers():
     """Each lowering and two plain convolutions, forward and training; the rate is that of the dense convolution's work."""
-    (rows,) = benchmark.layers(OPTIONS)
+    (rows,) = race.layers(OPTIONS)
     names = ["auto", "dense", "Flax, equal channels", "Flax, equal parameters"]
     assert measured(rows) == [(name, mode) for name in names for mode in ("forward", "training")]
     auto, flax = rows[1], rows[5]
@@ -76,10 +77,10 @@ def test_layers():
 
 def test_steps():
     """Steps of our network, alone and in a loop, and of plain CNNs of equal channels and parameters; memory is known."""
-    (rows,) = benchmark.steps(dataclasses.replace(OPTIONS, lowerings=[]))
+    (rows,) = race.steps(dataclasses.replace(OPTIONS, lowerings=[]))
     flax = ["Flax, equal channels", "Flax, equal parameters"]
     assert measured(rows) == [(name, "training") for name in [
-        "auto", "auto, 2 steps in a loop", *[benchmark.ALONE] * bool(pdo.compiler_options()), *flax]]
+        "auto", "auto, 2 steps in a loop", *[race.ALONE] * bool(pdo.compiler_options()), *flax]]
     assert rows[0]["peak_bytes"] > 5e7 and rows[0]["examples_per_second"] == 2 / rows[0]["median"]
     ours, equal = rows[0]["parameters"], rows[-1]["parameters"]
     assert ours == cases.count(cases.setting(SMALL, "float32").network, SMALL.shape) and 0.5 < equal / ours < 2
@@ -87,7 +88,7 @@ def test_steps():
 
 
 def test_inference():
-    (rows,) = benchmark.inference(OPTIONS)
+    (rows,) = race.inference(OPTIONS)
     names = "folded", "plain convolutions", "not folded", "folded, 1 at a time", "not folded, 1 at a time"
     assert measured(rows) == [(name, "batch 2") for name in names]
     assert rows[0]["ratio"] == 1 and rows[1]["ratio"] == rows[1]["median"] / rows[0]["median"]
@@ -95,11 +96,11 @@ def test_inference():
 
 def test_the_command_keeps_whole_files_and_draws_growth(tmp_path, capsys, monkeypatch):
     """Tables, figure and JSON with versions, machine and command, written after each case; imports and first steps timed."""
-    monkeypatch.setattr(benchmark, "QUICK", dataclasses.replace(SIZES, tasks={"small": SMALL}))
+    monkeypatch.setattr(command, "QUICK", dataclasses.replace(SIZES, tasks={"small": SMALL}))
     before = jax.config.jax_enable_compilation_cache
     arguments = ["--quick", "--parts", "growth,construct", "--dtypes", "float32", "--lowerings", "dense", "--runs", "1"]
     try:
-        assert benchmark.command([*arguments, "--out", str(tmp_path / "new")]) == 0
+        assert command.command([*arguments, "--out", str(tmp_path / "new")]) == 0
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
     results = json.loads((tmp_path / "new" / "benchmark.json").read_text())
@@ -158,7 +159,7 @@ def test_a_peer_that_is_not_there_does_not_end_the_run(server):
 
 def test_this_python_has_no_torch():
     """The server of the peers itself, in a Python without them."""
-    request = cases.layer_case("torch", benchmark.pdo.groups.cyclic(4), 1, 1, 5, "float32")
+    request = cases.layer_case("torch", pdo.groups.cyclic(4), 1, 1, 5, "float32")
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -234,5 +235,5 @@ def test_the_matching_width_is_the_nearest(target, width):
 )
 def test_errors_come_before_any_computation(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        benchmark.command(arguments)
+        command.command(arguments)
     assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -59,7 +59,7 @@ def report(topology: str, networks: Sequence[str] | None = None, batch: int = 12
         images = next(shape for data, shape in TRAIN_IMAGES.items() if file.startswith(data))
         size = min(batch, images[0] // mesh.size) * mesh.size
         for dtype, steps in programs:
-            settings = config.load(Path(__file__).parent / "configs" / f"{file}.py", [f"dtype={dtype}", f"batch_size={size}"])
+            settings = config.load(Path(__file__).parents[1] / "configs" / f"{file}.py", [f"dtype={dtype}", f"batch_size={size}"])
             rows.append({"network": name, "topology": topology} | measure(settings, images, mesh, steps))
     return rows
 

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import pdo_jax as pdo
-from experiments import config, programs, timing
+from experiments import config, programs
 from experiments.baselines import MnistRotCNN, ResNetCNN
+from experiments.benchmark import timing
 
-CONFIGS = Path(__file__).with_name("configs")
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class Task(NamedTuple):

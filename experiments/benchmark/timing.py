@@ -106,7 +106,7 @@ def matmul_peak(dtype: str, size: int, runs: int) -> float:
 
 
 class Peer:
-    """A process of `experiments/peers.py` that holds one case of one peer, ready to run; `answer` is what it says of it.
+    """A process of `peers.py` that holds one case of one peer, ready to run; `answer` is what it says of it.
 
     It has this process's environment, with what is set for glibc's malloc.
     """

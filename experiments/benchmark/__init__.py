@@ -1,0 +1,1 @@
+"""Speed, measured and raced: `python -m experiments.benchmark --help`."""
