@@ -15,7 +15,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pdo_jax as pdo
 from experiments import config, programs
+from experiments.benchmark import cases
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "v5e:16x16")
 """Those that are known to work; libtpu takes others of the same form."""
@@ -59,7 +59,7 @@ def report(topology: str, networks: Sequence[str] | None = None, batch: int = 12
         images = next(shape for data, shape in TRAIN_IMAGES.items() if file.startswith(data))
         size = min(batch, images[0] // mesh.size) * mesh.size
         for dtype, steps in programs:
-            settings = config.load(Path(__file__).parents[1] / "configs" / f"{file}.py", [f"dtype={dtype}", f"batch_size={size}"])
+            settings = config.load(cases.CONFIGS / f"{file}.py", [f"dtype={dtype}", f"batch_size={size}"])
             rows.append({"network": name, "topology": topology} | measure(settings, images, mesh, steps))
     return rows
 

@@ -4,6 +4,8 @@
 
 Nesterov's momentum with batches of 256, a warm-up of 5 epochs, then half a cosine; crops and mirror images; an average of
 weights.
+
+Recorded: 8.67 % test error (1 seed, last epoch), in 176 s on an H200 that two other runs shared.
 """
 
 from functools import partial

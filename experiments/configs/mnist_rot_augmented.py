@@ -3,6 +3,9 @@
     python -m experiments.main --config experiments/configs/mnist_rot_augmented.py
 
 The paper reports 0.709 % test error for a network of 0.65M parameters or less.
+
+Recorded: 0.90 and 0.96 % test error (2 seeds, last epoch, regenerated data), in 158 s on an H200 that other runs
+shared.
 """
 
 from functools import partial

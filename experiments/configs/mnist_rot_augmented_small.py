@@ -1,6 +1,8 @@
 """Rotated MNIST with random rotations in training, and 62 050 parameters; otherwise as mnist_rot_augmented.py.
 
     python -m experiments.main --config experiments/configs/mnist_rot_augmented_small.py
+
+Recorded: 0.92 % test error (1 seed, last epoch, regenerated data), in 170 s on an H200 that other runs shared.
 """
 
 import pdo_jax as pdo

@@ -3,6 +3,9 @@
     python -m experiments.main --config experiments/configs/mnist_rot_large.py
 
 As mnist_rot_best.py, but 20 channels, a head of 128, and more dropout.
+
+Recorded: 1.03 ± 0.01 % test error (3 seeds, last epoch, regenerated data), in 81 s and more on an H200 that other runs
+shared.
 """
 
 import pdo_jax as pdo
