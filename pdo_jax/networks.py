@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pdo_jax import groups, layers, sampling, stencils, weights
-from pdo_jax.conv import Framed, GroupConv, LiftingConv
+from pdo_jax import fields, groups, layers, sampling, stencils, weights
+from pdo_jax.conv import Framed, GroupConv, LiftingConv, PDOConv
 from pdo_jax.groups import Array
 
 
@@ -130,6 +130,111 @@ class ResNet(Framed):
         x = activate(x).astype(jnp.float32).mean(tuple(range(1, 1 + self.group.dim)), keepdims=True)
         x = sampling.group_pool(x, self.group) if self.invariant else x
         return nn.Dense(self.num_classes, name="head")(x.reshape(x.shape[0], math.prod(x.shape[1:])))
+
+
+class UNet(Framed):
+    """A U-Net (Ronneberger et al., MICCAI 2015) of regular fields: from an image, or a field, to one on the same points.
+
+    A level is ``blocks`` convolutions, each with batch normalisation and ``activation``. ``pool`` leads to the next one,
+    :func:`pdo_jax.upsample` back to the very points that were pooled, where both are joined. An image is lifted, and fields of
+    other representations come and go through a :class:`pdo_jax.PDOConv`.
+
+    Attributes:
+      group: a finite group of the dimension of space.
+      widths: channels of each level, from fine to coarse.
+      out: channels of the output, invariant (classes of each pixel), or the representation of an output field.
+      in_rep: the representation of the input's fields, by default an image.
+      blocks: convolutions of each level, down and up.
+      periodic: space is a torus.
+      pool: ``max_pool``, ``mean_pool`` or ``blur_pool``.
+      activation: a function of the values, one by one.
+      remat: keep the inputs of the levels alone in training, and compute the rest again: less memory, more time.
+      The others as for :class:`pdo_jax.LiftingConv`; ``axis_name`` as for :class:`pdo_jax.GroupBatchNorm`.
+
+    Shapes: [batch, *space, channels], or with ``in_rep`` [batch, *space, channels, in_rep.dim], -> float32
+    [batch, *space, out], or [batch, *space, 1, out.dim].
+
+    Raises:
+      ValueError: an input of another shape, or with sizes that cannot be halved so often: at least 2^(levels - 1), and if
+        periodic multiples of it, with half a kernel left.
+
+    >>> import pdo_jax as pdo
+    >>> p4m = groups.dihedral(4)
+    >>> network = UNet(p4m, widths=(2, 4), out=pdo.fields.standard(p4m), in_rep=pdo.fields.determinant(p4m))
+    >>> jax.eval_shape(network.init_with_output, jax.random.key(0), jnp.zeros([1, 9, 9, 1, 1]))[0].shape  # vorticity to velocity
+    (1, 9, 9, 1, 2)
+    """
+
+    group: groups.Group
+    widths: Sequence[int]
+    out: int | fields.Representation
+    in_rep: fields.Representation | None = None
+    blocks: int = 2
+    kernel_size: int = 3
+    basis: str | int = 2
+    scheme: stencils.Scheme = stencils.central_difference
+    frame: Any = 0.0
+    periodic: bool = False
+    pool: Callable[..., jax.Array] = sampling.max_pool
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    remat: bool = False
+    lowering: str = "auto"
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> jax.Array:
+        group, levels = self.group, len(self.widths)
+        self._check(x)
+        options = dict(kernel_size=self.kernel_size, scheme=self.scheme, lowering=self.lowering, dtype=self.dtype,
+                       padding="CIRCULAR" if self.periodic else "SAME")
+        conv = functools.partial(GroupConv, group=group, basis=self.basis, frame=self.frame, **options)
+        level = functools.partial(nn.remat(_Level, static_argnums=(2,)) if self.remat else _Level, group, self.activation,
+                                  self.axis_name)
+        if self.in_rep:
+            first = PDOConv(self.widths[0], self.in_rep, fields.regular(group), **options)
+        else:
+            first = LiftingConv(self.widths[0], group, basis=self.basis, frame=self.frame, **options)
+        x, fine = x.astype(self.dtype), []
+        for k, width in enumerate(self.widths):
+            if k:
+                fine.append(x)
+                x = self.pool(x, group, periodic=self.periodic)
+            x = level([conv(width) if k or n else first for n in range(self.blocks)], name=f"down{k}")(x, train)
+        for k in reversed(range(levels - 1)):
+            x = sampling.upsample(x, group, sizes=fine[k].shape[1:1 + group.dim], periodic=self.periodic)
+            x = jnp.concatenate([fine[k], x], -2)
+            x = level([conv(self.widths[k]) for _ in range(self.blocks)], name=f"up{k}")(x, train)
+        if isinstance(self.out, fields.Representation):
+            x = PDOConv(1, fields.regular(group), self.out, **options, name="head")(x)
+        else:
+            x = nn.Dense(self.out, name="head")(sampling.group_pool(x.astype(jnp.float32), group))
+        return x.astype(jnp.float32)
+
+    def _check(self, x):
+        """Sizes that can be halved level by level; the axes of x its first layer checks."""
+        dim, step = self.group.dim, 2 ** (len(self.widths) - 1)
+        space, least = x.shape[1:1 + dim], step * max(1, self.kernel_size // 2) if self.periodic else step
+        bad = [size for size in space if size < least or self.periodic and size % step]
+        if bad and x.ndim == dim + (3 if self.in_rep else 2):
+            wanted = f"multiples of {step} from {least} on" if self.periodic else f"of at least {least}"
+            raise ValueError(f"a {'periodic ' * self.periodic}UNet of {len(self.widths)} levels takes sizes {wanted} along "
+                             f"every axis, got {list(space)}: crop or pad x, or give fewer widths")
+
+
+class _Level(nn.Module):
+    """Convolutions, each with batch normalisation and an activation."""
+
+    group: groups.Group
+    activation: Callable[[jax.Array], jax.Array]
+    axis_name: str | None
+    convs: Sequence[nn.Module]
+
+    @nn.compact
+    def __call__(self, x, train):
+        for conv in self.convs:
+            x = self.activation(layers.GroupBatchNorm(self.group, axis_name=self.axis_name)(conv(x), train))
+        return x
 
 
 PAPER: dict[str, Callable[..., nn.Module]] = {

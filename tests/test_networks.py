@@ -11,8 +11,8 @@ import pytest
 from quick import jit
 
 import pdo_jax as pdo
-from pdo_jax import groups
-from pdo_jax.networks import PAPER, MnistRotNet, ResNet
+from pdo_jax import fields, groups, stencils
+from pdo_jax.networks import PAPER, MnistRotNet, ResNet, UNet
 
 
 def parameters(network, *shape):
@@ -71,6 +71,7 @@ def train(network, x, steps=2):
 
 
 CUBE = groups.octahedral()
+GAUSSIAN = functools.partial(stencils.gaussian_derivative, sigma=0.7)
 POOLED = functools.partial(ResNet, blocks=1, downsample="pool", invariant=True)
 INVARIANT = {
     "mnist": (MnistRotNet(), (28, 28), 1),
@@ -162,3 +163,70 @@ def test_a_batch_of_none(network):
     shape = (28, 28, 1) if isinstance(network, MnistRotNet) else (8, 8, 3)
     variables = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, *shape))))
     assert jax.eval_shape(network.apply, variables, jnp.zeros((0, *shape))).shape == (0, 10)
+
+
+P4M, P8 = groups.dihedral(4), groups.cyclic(8)
+FIELDS = {  # network, space, channels
+    "image to classes, p8, odd": (UNet(P8, (2, 3), 3, blocks=1), (7, 7), 2),
+    "image to scalars, rectangle": (UNet(groups.dihedral(2), (1, 2), 1, blocks=1, pool=pdo.blur_pool), (5, 8), 1),
+    "vectors to vectors, torus": (UNet(P4M, (2, 2, 2), fields.standard(P4M), fields.standard(P4M), blocks=1, periodic=True,
+                                       pool=pdo.mean_pool, scheme=GAUSSIAN), (8, 8), 2),
+    "vorticity to velocity, p4m": (UNet(P4M, (1, 2), fields.standard(P4M), fields.determinant(P4M)), (6, 6), 1),
+    "volumes": (UNet(CUBE, (1, 1), 2, blocks=1), (4, 4, 4), 1),
+}
+
+
+@pytest.mark.parametrize("network, space, channels", FIELDS.values(), ids=FIELDS)
+def test_dense_outputs_turn_with_the_input(network, space, channels):
+    """A U-Net of images and fields, with running averages of its own: exact for every element that keeps the grid."""
+    shape = (1, *space, channels, *([network.in_rep.dim] if network.in_rep else []))
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    _, trained = jit(lambda x: network.init_with_output(jax.random.key(0), x, True))(x)
+    apply = jit(functools.partial(network.apply, trained))
+    y = apply(x)
+    out = (1, network.out.dim) if isinstance(network.out, fields.Representation) else (network.out,)
+    assert y.shape == (1, *space, *out) and y.dtype == jnp.float32 and y.std() > 0.1
+    group = groups.from_elements(network.group.elements[network.group.preserves_grid])
+    reps = [fields.restrict(rep, group) if isinstance(rep, fields.Representation) else None for rep in (
+        network.in_rep, network.out)]
+    errors = pdo.equivariance.error(apply, x, group, in_rep=reps[0], out_rep=reps[1])
+    assert len(errors) in (4, 8, 24) and errors.max() < 1e-5
+    if network.periodic:  # and it moves with the input, by what all levels can be moved
+        np.testing.assert_allclose(apply(np.roll(x, 4, 1)), np.roll(y, 4, 1), atol=1e-5)
+
+
+def test_what_a_unet_computes():
+    """The parameters, counted by hand: 6 operators of order 2 for each pair of fields and relative element. And ``remat`` and
+    bfloat16 change neither them nor, but for rounding, what is computed."""
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
+    plain = UNet(P8, (2, 3), out=5, blocks=2)
+    convolutions = 6 * (1 * 2 + 8 * (2 * 2 + 2 * 3 + 3 * 3 + 5 * 2 + 2 * 2))
+    assert parameters(plain, *x.shape) == convolutions + 2 * (2 + 2 + 3 + 3 + 2 + 2) + 2 * 5 + 5
+
+    def run(network):
+        def loss(params):
+            y, stats = network.apply(variables | {"params": params}, x, True, mutable="batch_stats")
+            return (y ** 2).mean(), (y, stats)
+
+        return jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+
+    variables = jit(plain.init)(jax.random.key(0), x)
+    expected, found = run(plain), run(plain.clone(remat=True))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+    program = str(jax.make_jaxpr(lambda v: plain.clone(remat=True).apply(v, x, True, mutable="batch_stats"))(variables))
+    assert program.count("remat") >= 3
+    half = jit(plain.clone(dtype=jnp.bfloat16).apply)(variables, x)
+    y = jit(plain.apply)(variables, x)
+    assert half.dtype == jnp.float32 and 0 < np.linalg.norm(half - y) < 0.05 * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("network, space, message", [
+    (UNet(P8, (1, 1, 1), 1), (3, 9), r"3 levels takes sizes of at least 4 along every axis, got \[3, 9\]"),
+    (UNet(P8, (1, 1, 1), 1, periodic=True), (8, 10), r"periodic UNet of 3 levels takes sizes multiples of 4 .* \[8, 10\]"),
+    (UNet(P8, (1, 1), 1, periodic=True, kernel_size=9), (6, 6), "multiples of 2 from 8 on"),
+    (UNet(CUBE, (1, 1), 1), (8, 1), "3 axes of space"), (UNet(P8, (1,), 1, fields.standard(P4M)), (8, 8), "PDOConv"),
+])
+def test_a_unet_refuses_other_sizes(network, space, message):
+    """What cannot be halved so often, or goes once around the torus and further, or has other axes, is named before compute."""
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *space, 1)))
