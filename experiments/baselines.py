@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+import pdo_jax as pdo
+
 
 class MnistRotCNN(nn.Module):
     """The "Z2CNN" of Cohen & Welling (ICML 2016), with MnistRotNet's dropout: 21 620 parameters.
@@ -61,6 +63,39 @@ class ResNetCNN(nn.Module):
                 x = shortcut + conv(width, (3, 3))(y)
         x = nn.relu(_batch_norm(self, train)(x)).mean((1, 2), dtype=jnp.float32)
         return nn.Dense(self.num_classes)(x)
+
+
+class UNetCNN(nn.Module):
+    """A plain U-Net of the layout of `pdo_jax.networks.UNet`, of 3×3 convolutions on a torus: not equivariant.
+
+    Fields [n, H, W, channels, d] give fields of the same shape.
+    """
+
+    widths: Sequence[int]
+    blocks: int = 2
+    dtype: DTypeLike = "float32"
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        conv = partial(nn.Conv, kernel_size=(3, 3), padding="CIRCULAR", use_bias=False, dtype=self.dtype)
+
+        def level(x, width):
+            for _ in range(self.blocks):
+                x = nn.relu(_batch_norm(self, train)(conv(width)(x)))
+            return x
+
+        shape, fine = x.shape, []
+        x = x.reshape(*shape[:3], -1)
+        for k, width in enumerate(self.widths):
+            if k:
+                fine.append(x)
+                x = nn.avg_pool(x, (2, 2), (2, 2))
+            x = level(x, width)
+        for width, before in zip(self.widths[-2::-1], fine[::-1], strict=True):
+            x = pdo.upsample(x, pdo.groups.cyclic(1), periodic=True)
+            x = level(jnp.concatenate([before, x], -1), width)
+        return conv(shape[3] * shape[4])(x).reshape(shape).astype(jnp.float32)
 
 
 def _batch_norm(module: nn.Module, train: bool) -> nn.BatchNorm:

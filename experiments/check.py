@@ -20,32 +20,44 @@ from experiments.workdir import TrainError
 
 
 def data(given: Dataset) -> Dataset:
-    """The data set with images float32, bytes brought to [0, 1], and labels int32; an error for what cannot be trained on."""
-    if isinstance(given.num_classes, bool) or not isinstance(given.num_classes, int | np.integer) or given.num_classes < 1:
-        raise TrainError(f"{given.name} has num_classes {given.num_classes!r}; expected a whole number of at least 1")
+    """The data set with images float32, bytes brought to [0, 1], and targets int32 or float32; an error for what cannot be
+    trained on."""
+    classes = given.num_classes
+    if classes is not None and (isinstance(classes, bool) or not isinstance(classes, int | np.integer) or classes < 1):
+        raise TrainError(f"{given.name} has num_classes {classes!r}; expected a whole number of at least 1, or None where the "
+                         "targets are numbers")
     splits = {name: _split(given, name) for name in SPLITS}
     for name in ("train", "test"):
         if not len(splits[name].labels):
             raise TrainError(f"the {name} set of {given.name} is empty; it needs at least one image")
-    shapes = {name: split.images.shape[1:] for name, split in splits.items() if len(split.labels)}
-    if len(set(shapes.values())) > 1:
-        raise TrainError(f"the images of {given.name} have several shapes: {shapes}; all splits need the same one")
+    for part in Split._fields:
+        shapes = {name: getattr(split, part).shape[1:] for name, split in splits.items() if len(split.labels)}
+        if len(set(shapes.values())) > 1:
+            raise TrainError(f"the {part} of {given.name} have several shapes: {shapes}; all splits need the same one")
     return given._replace(**splits)
 
 
 def _split(given, name):
     images, labels = (np.asarray(array) for array in getattr(given, name))
     where = f"the {name} set of {given.name}"
-    if images.ndim < 3 or labels.shape != images.shape[:1] or 0 in images.shape[1:]:
-        raise TrainError(f"{where} has images {images.shape} and labels {labels.shape}; expected [n, *space, channels] and [n]")
+    fits = labels.shape[:1] == images.shape[:1] if given.num_classes is None else (
+        0 < labels.ndim < images.ndim and labels.shape == images.shape[: labels.ndim])
+    if images.ndim < 3 or not fits or 0 in images.shape[1:] + labels.shape[1:]:
+        raise TrainError(f"{where} has images {images.shape} and labels {labels.shape}; expected [n, *space, channels] and "
+                         "[n], or [n, *space] for a class of each pixel")
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise TrainError(f"{where} has images of type {images.dtype}; give bytes (uint8, 0 … 255) or floats in [0, 1]")
+    floats = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
+    if given.num_classes is None:
+        numbers = labels.astype(np.float32, copy=False) if labels.dtype.kind in "fiu" else np.full(1, np.nan)
+        if not (np.isfinite(floats).all() and np.isfinite(numbers).all()):
+            raise TrainError(f"{where} has images or targets that are not finite numbers; look for NaN or infinity in it")
+        return Split(floats, numbers)
     if not np.issubdtype(labels.dtype, np.integer):
         raise TrainError(f"{where} has labels of type {labels.dtype}; give whole numbers from 0 to {given.num_classes - 1}")
     if len(labels) and not 0 <= labels.min() <= labels.max() < given.num_classes:
         raise TrainError(f"{where} has labels from {labels.min()} to {labels.max()}; with {given.num_classes} classes they "
                          f"must lie in 0 … {given.num_classes - 1}")
-    floats = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
     if not np.isfinite(floats).all():
         raise TrainError(f"{where} has images with numbers that are not finite; look for NaN or infinity in it")
     return Split(floats, labels.astype(np.int32, copy=False))
@@ -55,14 +67,15 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
     """Traces all that will be computed, on shapes; nothing is compiled."""
     network, devices = config.network, mesh.size
     size, shape, name = len(given.train.labels), given.train.images.shape[1:], type(network).__name__
-    if getattr(network, "num_classes", given.num_classes) != given.num_classes:
+    if given.num_classes and getattr(network, "num_classes", given.num_classes) != given.num_classes:
         raise TrainError(f"the network has {network.num_classes} classes, {given.name} has {given.num_classes}")
     if config.batch_size % devices:
         raise TrainError(f"batch_size is {config.batch_size}; it must be a multiple of the {devices} devices")
     if config.batch_size > size:
         raise TrainError(f"batch_size is {config.batch_size}; the train set has {size} images only")
 
-    images = jax.ShapeDtypeStruct((config.batch_size // devices, *shape), jnp.float32)
+    images, targets = (jax.ShapeDtypeStruct((config.batch_size // devices, *array.shape[1:]), array.dtype)
+                       for array in given.train)
     with _trying(f"the network {name} on images {list(images.shape)}"):
         variables = jax.eval_shape(lambda: programs.new_variables(model, jax.random.key(0), shape))
         if not jax.tree.leaves(variables.get("params")):
@@ -70,16 +83,32 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
         unknown = sorted(variables.keys() - {"params", "batch_stats"})
         if unknown:
             raise TrainError(f"the network {name} has variables {unknown[0]!r}; only params and batch_stats are kept")
-        logits = jax.eval_shape(lambda v, x: model.logits(v, x, train=False), variables, images)
-        expected = (images.shape[0], given.num_classes)
-        if getattr(logits, "shape", None) != expected or not jnp.issubdtype(logits.dtype, jnp.floating):
-            raise TrainError(f"the network {name} gives {_kind(logits)} for images {list(images.shape)}; expected float logits "
-                             f"{list(expected)}")
+        outputs = jax.eval_shape(lambda v, x: model.outputs(v, x, train=False), variables, images)
+        expected = (*targets.shape, *([given.num_classes] if given.num_classes else []))
+        if getattr(outputs, "shape", None) != expected or not jnp.issubdtype(outputs.dtype, jnp.floating):
+            raise TrainError(f"the network {name} gives {_kind(outputs)} for images {list(images.shape)}; expected float "
+                             f"{'logits' if given.num_classes else 'numbers'} {list(expected)}")
     if config.augment:
         with _trying(f"augment on images {list(images.shape)}"):
-            changed = jax.eval_shape(config.augment, jax.random.key(0), images)
-            if getattr(changed, "shape", None) != images.shape or not jnp.issubdtype(changed.dtype, jnp.floating):
-                raise TrainError(f"augment gives {_kind(changed)} for images {_kind(images)}; expected the same")
+            arrays = (images, targets) if targets.ndim > 1 else (images,)
+            changed = jax.eval_shape(config.augment, jax.random.key(0), *arrays)
+            if targets.ndim > 1 and not (isinstance(changed, tuple | list) and len(changed) == 2):
+                raise TrainError(f"augment gives {_kind(changed)}; expected images and targets")
+            for found, array in zip(changed if targets.ndim > 1 else [changed], arrays, strict=True):
+                if getattr(found, "shape", None) != array.shape or jnp.issubdtype(found.dtype, jnp.floating) != jnp.issubdtype(
+                        array.dtype, jnp.floating):
+                    raise TrainError(f"augment gives {_kind(found)} for images {_kind(array)}; expected the same")
+    if config.label_smoothing and not given.num_classes:
+        raise TrainError(f"label_smoothing is for classes, and {given.name} has none; leave it out")
+    with _trying("loss"):
+        outputs = jax.ShapeDtypeStruct(outputs.shape, jnp.float32)
+        losses = jax.eval_shape(config.loss, outputs, targets)
+        if getattr(losses, "shape", None) != images.shape[:1] or not jnp.issubdtype(losses.dtype, jnp.floating):
+            raise TrainError(f"loss gives {_kind(losses)}; expected a float for each example, {list(images.shape[:1])}")
+    with _trying("metrics"):
+        counted = jax.ShapeDtypeStruct(images.shape[:1], bool)
+        totals = jax.eval_shape(lambda *arrays: programs.tallies(config, *arrays), outputs, targets, counted)
+        programs.numbers(config, jax.tree.map(lambda a: np.ones(a.shape, a.dtype), totals))
     with _trying("learning_rate"):
         _rates(config, size // config.batch_size)
     with _trying("optimizer"):

@@ -23,7 +23,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
+from experiments import losses
 from experiments.boundary import Refused
+from experiments.datasets.augment import moments
 from pdo_jax.groups import Group
 
 
@@ -36,7 +38,7 @@ class Config:
     """One training run. The same config gives the same numbers on the same kind and number of devices."""
 
     network: nn.Module
-    """Called as `network(images [n, H, W, C], train)`, gives logits [n, num_classes]."""
+    """Called as `network(images [n, H, W, C], train)`, gives logits [n, num_classes], or what `loss` compares to targets."""
     dataset: str = "mnist_rot/subset"
     """A name known to `experiments.datasets.load`."""
     data_dir: str | None = None
@@ -44,7 +46,14 @@ class Config:
     validation: int = 0
     """Images held out of the train set; the rest is trained on. Every choice between models is made on these."""
     augment: Callable | None = None
-    """A function of (key, images [n, H, W, C] in [0, 1]), traced into the step; see `datasets.augment`."""
+    """A function of (key, images [n, H, W, C] in [0, 1]), traced into the step; see `datasets.augment`. Where targets are
+    more than a class it is one of (key, images, targets), and gives both."""
+    moments: Callable = moments
+    """A function of the train images that gives the mean and the deviation by which all images are normalised, [channels]."""
+    loss: Callable = losses.cross_entropy
+    """A function of (outputs, targets) that gives the loss of each example, [n]; see `losses`."""
+    metrics: Mapping = dataclasses.field(default_factory=lambda: {"error": losses.ERROR})
+    """What is told beside the loss: `losses.Metric` by name."""
     epochs: int = 1
     batch_size: int = 128
     """Images in one update, over all devices. An epoch drops the remainder: 12 000 images are 93 batches of 128."""
@@ -55,7 +64,7 @@ class Config:
     l2: float = 0.0
     """The loss gets l2/2 · ||w||², summed over every weight: all parameters named "kernel", no bias or batch norm."""
     label_smoothing: float = 0.0
-    """This part of the target is spread evenly over all classes."""
+    """This part of a target that is a class is spread evenly over all classes."""
     ema: float = 0.0
     """With ema > 0 what is evaluated is a running average of weights and batch statistics: after each update it keeps the
     part `ema` of itself, in the first updates less, (t + 1) / (t + 10) in the one with t before it."""
@@ -171,7 +180,7 @@ def _override(text: str) -> tuple[str, Any]:
     if not equals:
         raise ConfigError(f"--set takes key=value, got {text!r}")
     kind = _field(key).type
-    if Callable in (kind, *typing.get_args(kind)) and float not in typing.get_args(kind) or kind is nn.Module:
+    if Callable in (kind, *typing.get_args(kind)) and float not in typing.get_args(kind) or kind in (nn.Module, Mapping):
         raise ConfigError(f"--set cannot give {key}, which is a Python object; write a config file that sets it")
     if kind is str:
         return key, value

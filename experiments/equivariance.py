@@ -262,7 +262,7 @@ def against_angle(path: Path, networks: Mapping, split: datasets.Split, name: st
     rows = [f"| network | parameters | {name} accuracy | over all angles | lowest | highest less lowest "
             "| change of logits: 90° | 45° | mean |", "|---" * 9 + "|"]
     for label, (parameters, at_rest, model, variables) in networks.items():
-        logits = jax.jit(lambda x, model=model, variables=variables: model.logits(variables, x, train=False))
+        logits = jax.jit(lambda x, model=model, variables=variables: model.outputs(variables, x, train=False))
         parts = [slice(start, start + 500) for start in range(0, len(labels), 500)]
         y = np.stack([np.concatenate([logits(groups.transform(jnp.asarray(images[part]), matrix)) for part in parts])
                       for matrix in full_turn(turns)])

@@ -11,10 +11,12 @@ from matplotlib.ticker import MaxNLocator
 import pdo_jax as pdo
 
 
-def draw(folder: Path, history: Sequence[dict], confusion: np.ndarray, network, variables, shape) -> list[str]:
+def draw(folder: Path, history: Sequence[dict], confusion: np.ndarray | None, network, variables, shape) -> list[str]:
     """Draws all the figures that the network has into `folder`; returns their paths. `shape` is that of an image."""
     folder.mkdir(exist_ok=True)
-    drawn = {"curves": curves(history), "confusion": confusion_matrix(confusion)}
+    drawn = {"curves": curves(history)}
+    if confusion is not None:
+        drawn["confusion"] = confusion_matrix(confusion)
     kernels = lifting_kernels(network, variables, shape)
     if kernels is not None:
         drawn["stencils"] = stencils(kernels)
@@ -24,15 +26,17 @@ def draw(folder: Path, history: Sequence[dict], confusion: np.ndarray, network, 
 
 
 def curves(history: Sequence[dict]) -> Figure:
-    """Loss, error and learning rate against the epoch, from the lines of metrics.jsonl."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    panels = {"loss": "_loss", "error": "_error", "learning rate": "learning_rate"}
+    """Loss, metrics and learning rate against the epoch, from the lines of metrics.jsonl."""
+    panels = {name.removeprefix("train_"): [] for name in history[-1] if name.startswith("train_")} | {"learning_rate": []}
+    for name in history[-1]:
+        if (kind := name.removeprefix("train_").removeprefix("validation_")) in panels:
+            panels[kind].append(name)
+    figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
     epochs = [line["epoch"] for line in history]
-    for axes, (title, ending) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for name in history[-1]:
-            if name.endswith(ending):
-                axes.plot(epochs, [line[name] for line in history], label=name.replace("_", " "), marker=".")
-        axes.set(title=title, xlabel="epoch", yscale="log")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in names:
+            axes.plot(epochs, [line[name] for line in history], label=name.replace("_", " "), marker=".")
+        axes.set(title=title.replace("_", " "), xlabel="epoch", yscale="log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True, which="both", alpha=0.3)
         axes.legend()

@@ -139,7 +139,11 @@ def report(result: Mapping | None, workdir: Path):
         print(f"stopped before the time was over; the same command goes on from the last checkpoint in {workdir}/")
         return
     print(f"data: {result['dataset']} ({result['dataset_note']}); {result['parameters']} parameters")
-    print(f"test error: {result['test_error']:.2%} of {result['images']['test']} images, after the last epoch")
+    if "test_error" in result:
+        print(f"test error: {result['test_error']:.2%} of {result['images']['test']} images, after the last epoch")
+    else:
+        told = [f"{name.removeprefix('test_')} {value:.4g}" for name, value in result.items() if name.startswith("test_")]
+        print(f"test {', '.join(told)}, over {result['images']['test']} examples, after the last epoch")
     if errors := result.get("equivariance_error"):
         print("equivariance error: how far each turn of the images moves the trained network's logits, relatively:")
         print("  " + "  ".join(f"{name}: {error:.1e}" for name, error in errors.items()))

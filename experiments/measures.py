@@ -1,4 +1,4 @@
-"""What is said of a trained network: its error, and how far its logits move when the group turns the images."""
+"""What is said of a trained network: how far its outputs move, or fail to turn, when the group turns the images."""
 
 import math
 
@@ -9,17 +9,15 @@ import numpy as np
 import pdo_jax as pdo
 
 
-def error_rate(confusion: np.ndarray) -> float:
-    return 1 - float(np.trace(confusion)) / int(confusion.sum())
-
-
 def equivariance_error(model, variables, images) -> dict[str, float] | None:
-    """For a network of a group: how far its logits move, relatively, when each group element turns the images."""
-    group = getattr(model.network, "group", None)
-    if not isinstance(group, pdo.groups.Group) or images.ndim != group.dim + 2:
+    """For a network of a group: how far its logits move, relatively, when each group element turns the images; or how far an
+    output field is from the turned one."""
+    group, *reps = (getattr(model.network, name, None) for name in ("group", "in_rep", "out"))
+    in_rep, out_rep = (rep if isinstance(rep, pdo.fields.Representation) else None for rep in reps)
+    if not isinstance(group, pdo.groups.Group) or images.ndim != group.dim + (3 if in_rep else 2):
         return None
-    logits = jax.jit(lambda x: model.logits(variables, x, train=False))
-    errors = pdo.equivariance.error(logits, jnp.asarray(images), group).tolist()
+    outputs = jax.jit(lambda x: model.outputs(variables, x, train=False))
+    errors = pdo.equivariance.error(outputs, jnp.asarray(images), group, in_rep=in_rep, out_rep=out_rep).tolist()
     return {element_name(k, matrix): error for k, (matrix, error) in enumerate(zip(group.elements, errors, strict=True))}
 
 

@@ -45,7 +45,7 @@ class Model(NamedTuple):
     mean: np.ndarray
     deviation: np.ndarray
 
-    def logits(self, variables, images, **kwargs):
+    def outputs(self, variables, images, **kwargs):
         return self.network.apply(variables, (images - self.mean) / self.deviation, **kwargs)
 
 
@@ -65,21 +65,24 @@ def step_function(config: Config, model: Model, steps_per_epoch: int, devices: i
         x, y = images[rows], labels[rows]
         key = jax.random.fold_in(jax.random.fold_in(keys(config)[1], state.step), device)
         augment_key, dropout_key = jax.random.split(key)
-        if config.augment:
+        if config.augment and y.ndim > 1:
+            x, y = config.augment(augment_key, x, y)
+        elif config.augment:
             x = config.augment(augment_key, x)
 
         def loss_function(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
             options = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": dropout_key}}
-            logits, changed = model.logits(variables, x, **options)
-            logits = logits.astype(jnp.float32)
-            targets = optax.smooth_labels(jax.nn.one_hot(y, logits.shape[-1]), config.label_smoothing)
-            loss = optax.softmax_cross_entropy(logits, targets).mean() + config.l2 / 2 * squared_weights(params)
-            return loss, (changed.get("batch_stats", {}), jnp.mean(logits.argmax(-1) != y))
+            outputs, changed = model.outputs(variables, x, **options)
+            outputs, targets = outputs.astype(jnp.float32), y
+            if config.label_smoothing:
+                targets = optax.smooth_labels(jax.nn.one_hot(y, outputs.shape[-1]), config.label_smoothing)
+            loss = config.loss(outputs, targets).mean() + config.l2 / 2 * squared_weights(params)
+            return loss, (changed.get("batch_stats", {}), tallies(config, outputs, y, jnp.ones(len(y), bool)))
 
         params = apart(state.params, device)
-        (loss, (batch_stats, error)), gradients = jax.value_and_grad(loss_function, has_aux=True)(params)
-        gradients, loss, error = lax.pmean((gradients, loss, error), "data")
+        (loss, (batch_stats, counts)), gradients = jax.value_and_grad(loss_function, has_aux=True)(params)
+        (gradients, loss), counts = lax.pmean((gradients, loss), "data"), lax.psum(counts, "data")
         batch_stats = jax.tree.map(lambda x: lax.pmean(x, "data") if varying(x) else x, batch_stats)  # without an axis_name
         updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -87,7 +90,7 @@ def step_function(config: Config, model: Model, steps_per_epoch: int, devices: i
         if config.ema:
             share = jnp.maximum(1 - config.ema, 9 / (10 + state.step))
             new = new._replace(average=optax.incremental_update(new.variables, state.average, share))
-        return new, {"train_loss": loss, "train_error": error}
+        return new, (loss, counts)
 
     return step
 
@@ -107,8 +110,10 @@ def epoch_program(config: Config, model: Model, split: datasets.Split, mesh: Mes
     def train_epoch(state, epoch):
         order = np.random.default_rng([config.seed, epoch]).permutation(len(split.labels)).astype(np.int32)
         order = order[: steps * config.batch_size].reshape(steps, config.batch_size)
-        state, metrics = run(state, images, labels, order)
-        metrics = {name: float(np.mean(values, dtype=np.float64)) for name, values in jax.device_get(metrics).items()}
+        state, outputs = run(state, images, labels, order)
+        losses, counts = jax.device_get(outputs)
+        metrics = {"train_loss": float(np.mean(losses, dtype=np.float64))}
+        metrics |= {f"train_{name}": value for name, value in numbers(config, jax.tree.map(lambda x: x.sum(0), counts)).items()}
         metrics["weight_norm"] = float(weight_norm(state.params))
         return state, metrics | {"learning_rate": float(rate(config, epoch - 1 / steps))}
 
@@ -129,19 +134,27 @@ def uses_convolution(step: Callable, mesh: Mesh, *arguments) -> bool:
     return "stablehlo.convolution" in mapped(step, "jit", mesh).lower(*arguments).as_text()
 
 
-def evaluation_program(config: Config, model: Model, num_classes: int, mesh: Mesh) -> Callable:
-    """A function of (variables, split) that gives the counts [class, predicted class] and the mean cross entropy.
+def tallies(config: Config, outputs, targets, counted) -> dict:
+    return {name: metric.tally(outputs, targets, counted) for name, metric in config.metrics.items()}
+
+
+def numbers(config: Config, totals: Mapping) -> dict[str, float]:
+    """The value of each metric, by name."""
+    return {name: float(metric.value(totals[name])) for name, metric in config.metrics.items()}
+
+
+def evaluation_program(config: Config, model: Model, mesh: Mesh) -> Callable:
+    """A function of (variables, split) that gives the metrics and the mean loss, by name, and the total of each metric's tally.
 
     The batches come from the host, padded to one size, so that one compiled program serves every split.
     """
 
-    def count(variables, images, labels):
+    def count(variables, images, labels, counted):
         device = lax.axis_index("data")
-        x, y = images.reshape(mesh.size, -1, *images.shape[1:])[device], labels.reshape(mesh.size, -1)[device]
-        logits = model.logits(variables, x, train=False).astype(jnp.float32)
-        loss = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, y), where=y >= 0)
-        confusion = jnp.zeros((num_classes, num_classes), jnp.int32).at[y, logits.argmax(-1)].add(y >= 0)
-        return lax.psum((confusion, loss), "data")
+        x, y, counted = (a.reshape(mesh.size, -1, *a.shape[1:])[device] for a in (images, labels, counted))
+        outputs = model.outputs(variables, x, train=False).astype(jnp.float32)
+        loss = jnp.sum(config.loss(outputs, y), where=counted)
+        return lax.psum((loss, tallies(config, outputs, y, counted)), "data")
 
     compiled = mapped(count, config.parallel, mesh, donate=False)
 
@@ -149,13 +162,12 @@ def evaluation_program(config: Config, model: Model, num_classes: int, mesh: Mes
         batch = -(-min(config.eval_batch_size, max(512, len(split.labels))) // mesh.size) * mesh.size
         counts = []
         for start in range(0, len(split.labels), batch):
-            images, labels = split.images[start : start + batch], split.labels[start : start + batch]
-            missing = batch - len(labels)  # label -1: no image
-            images = np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
-            labels = np.pad(labels, (0, missing), constant_values=-1)
-            counts.append(one_by_one(mesh, compiled(variables, images, labels)))
-        confusions, losses = zip(*jax.device_get(counts), strict=True)
-        return sum(confusions), float(sum(losses)) / len(split.labels)
+            images, labels = (array[start : start + batch] for array in split)
+            whole = [np.pad(array, [(0, batch - len(labels))] + [(0, 0)] * (array.ndim - 1))
+                     for array in (images, labels, np.ones(len(labels), bool))]
+            counts.append(one_by_one(mesh, compiled(variables, *whole)))
+        loss, totals = jax.tree.map(lambda *parts: sum(parts), *jax.device_get(counts))
+        return numbers(config, totals) | {"loss": float(loss) / len(split.labels)}, totals
 
     return evaluate
 

@@ -61,6 +61,10 @@ ROWS = {
     "shapes3d_icosahedral": Row("shapes3d_icosahedral", (), 1, "the 60 rotations of the icosahedron, volumes"),
     "shapes3d_cnn": Row("shapes3d_cnn", (), 1, "plain 3-D CNN"),
     "shapes3d_cnn_turned": Row("shapes3d_cnn", ("dataset=shapes3d/turned",), 1, "the same, trained on all rotations"),
+    "flow_p4m": Row("flow_p4m", (), 1, "one step of turbulence, U-Net of p4m, 16 trajectories"),
+    "flow_cnn": Row("flow_cnn", (), 1, "the same by a plain U-Net"),
+    "flow_cnn_augmented": Row("flow_cnn_augmented", (), 1, "the same, turned at random in training"),
+    "flow_p8m": Row("flow_p8m", (), 1, "the same by a U-Net of p8m"),
 }
 """The ledger, first things first. The results of a row are the files ROW_seed0.json, ROW_seed1.json, …"""
 
@@ -137,9 +141,10 @@ def _line(name: str, row: Row, results: Sequence[dict]) -> str:
     def all_of(values):
         return ", ".join(dict.fromkeys(values))
 
-    errors = [100 * result["test_error"] for result in results]
+    classes = "test_error" in results[0]
+    errors = [100 * result["test_error"] if classes else result["test_loss"] for result in results]
     seconds = [round(max(result["wall_seconds"], result["train_seconds"])) for result in results]  # of all calls, or of one
-    digits = 2 if results[0]["images"]["test"] > 2000 else 1
+    digits = (2 if results[0]["images"]["test"] > 2000 else 1) if classes else 3
     spread = f" ± {statistics.stdev(errors):.{digits}f}" if len(errors) > 1 else ""
     even = max(seconds) < 1.05 * min(seconds)
     cells = [
@@ -147,7 +152,7 @@ def _line(name: str, row: Row, results: Sequence[dict]) -> str:
         all_of(result["dataset"] for result in results),
         all_of(f"{result['parameters']:,}".replace(",", " ") for result in results),
         str(len(results)),
-        f"{statistics.mean(errors):.{digits}f}{spread} %",
+        f"{statistics.mean(errors):.{digits}f}{spread} {'%' if classes else 'relative L2'}",
         f"{round(statistics.mean(seconds))} s" if even else f"{min(seconds)} – {max(seconds)} s",
         all_of(_device(result) for result in results),
         all_of((result["commit"] or "?")[:7] for result in results),

@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from experiments import check, datasets, programs, record, train
-from experiments.config import Config, ConfigError
+from experiments import check, datasets, losses, programs, record, train
+from experiments.config import Config, ConfigError, describe
 from experiments.workdir import TrainError, restore, saved_epochs
 from pdo_jax import architecture, networks, weights
 
@@ -65,9 +65,8 @@ def evaluate_pretrained(name: str) -> dict:
 
 def test_error(config: Config, model: programs.Model, variables, data: datasets.Dataset) -> dict:
     mesh = programs.all_devices()
-    evaluate_split = programs.evaluation_program(config, model, data.num_classes, mesh)
-    confusion, loss = evaluate_split(programs.place(mesh, variables), data.test)
-    return {"test_error": train.error_rate(confusion), "test_loss": loss, "dataset": data.name}
+    numbers, _ = programs.evaluation_program(config, model, mesh)(programs.place(mesh, variables), data.test)
+    return {f"test_{name}": value for name, value in numbers.items()} | {"dataset": data.name}
 
 
 def export(path: str | Path, file: str | Path, config: Config | None = None):
@@ -88,7 +87,7 @@ def predict(path: str | Path, image: str | Path, config: Config | None = None) -
         raise TrainError(f"{path} was trained on numbers from {low:g} to {high:g}, and a picture has 0 to 1; ask it in Python, "
                          "with saved.load")
     pixels = read_picture(Path(image), run.shape)
-    return np.asarray(jax.nn.softmax(run.model.logits(run.variables, pixels[None], train=False)[0].astype(np.float32)))
+    return np.asarray(jax.nn.softmax(run.model.outputs(run.variables, pixels[None], train=False)[0].astype(np.float32)))
 
 
 def load(path: str | Path, config: Config | None = None) -> Run:
@@ -134,7 +133,10 @@ def config_of(saved: dict, workdir: Path, given: Config | None) -> Config:
     folder = saved["config"].get("data_dir")
     if isinstance(folder, str) and isinstance(plain.get("dataset"), str) and Path(folder, plain["dataset"]).is_dir():
         plain["data_dir"] = folder  # read there, but never prepared where a file from someone else says so
+    usual = {"loss": describe(losses.cross_entropy), "metrics": describe({"error": losses.ERROR})}
     try:
+        if any(saved["config"].get(key, function) != function for key, function in usual.items()):
+            raise ConfigError("its loss or metrics are functions of its own")
         return Config(network=architecture.from_data(saved["network"]), **plain)
     except (ValueError, ConfigError) as error:
         raise TrainError(f"the run in {workdir} cannot be built from its config.json alone: {error}\nIf you trust the config "

@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from experiments import check, datasets, figures, programs, record
 from experiments.config import Config, describe
-from experiments.datasets import augment
-from experiments.measures import equivariance_error, error_rate
+from experiments.measures import equivariance_error
 from experiments.workdir import (
     Board,
     TrainError,
@@ -37,7 +36,7 @@ from experiments.workdir import (
     writing,
 )
 
-RESULT = {"test_error": float, "test_loss": float, "dataset": str, "dataset_note": str, "images": dict, "parameters": int,
+RESULT = {"test_loss": float, "dataset": str, "dataset_note": str, "images": dict, "parameters": int,
           "figures": list}  # what is read of a result again
 
 
@@ -61,7 +60,7 @@ def train(
     with opened(workdir, writes):
         own = data is not None
         data = check.data(data if own else load_data(config))
-        model = programs.make_model(config, *augment.moments(data.train.images))
+        model = programs.make_model(config, *config.moments(data.train.images))
         known = record.of(config, data, source)
         record.agree(known)
         forced = record.resume(workdir, known, force)
@@ -79,18 +78,17 @@ def train(
 
         state = programs.place(mesh, programs.initial_state(config, model, shape))
         train_epoch, scan = programs.epoch_program(config, model, data.train, mesh, state)
-        evaluate = programs.evaluation_program(config, model, data.num_classes, mesh)
+        evaluate = programs.evaluation_program(config, model, mesh)
         done = max(saved_epochs(workdir), default=0)
         state = restore(workdir, done, state) if done else state
         state, history = run_epochs(config, workdir, state, done, mesh, train_epoch, evaluate, data, began, minutes)
         if len(history) < config.epochs or not time_for_more(began, minutes, history, compiles=True):
             return None
 
-        confusion, loss = evaluate(state.variables, data.test)
-        result = {
-            "test_error": error_rate(confusion),
-            "test_loss": loss,
-            "validation_error": history[-1].get("validation_error"),
+        numbers, totals = evaluate(state.variables, data.test)
+        result = {f"test_{name}": value for name, value in numbers.items()}
+        result |= {f"validation_{name}": history[-1].get(f"validation_{name}") for name in config.metrics}
+        result |= {
             "train_loss": history[-1]["train_loss"],
             "dataset": data.name,
             "dataset_note": data.note,
@@ -101,6 +99,7 @@ def train(
         if writes:
             variables = jax.device_get(state.variables)
             result["equivariance_error"] = equivariance_error(model, variables, data.test.images[:64])
+            confusion = totals.get("error") if data.test.labels.ndim == 1 else None
             with writing(workdir, workdir):
                 result["figures"] = figures.draw(workdir / "figures", history, confusion, model.network, variables, shape)
                 result |= {"wall_seconds": time.perf_counter() - began, "scan": scan} | surroundings()
@@ -128,8 +127,8 @@ def run_epochs(config, workdir, state, done, mesh, train_epoch, evaluate, data, 
                     "the data."
                 )
             if len(data.validation.labels):
-                confusion, loss = evaluate(state.variables, data.validation)
-                metrics |= {"validation_loss": loss, "validation_error": error_rate(confusion)}
+                found, _ = evaluate(state.variables, data.validation)
+                metrics |= {f"validation_{name}": found[name] for name in ("loss", *config.metrics)}
             history.append({"epoch": epoch, **metrics, "seconds": time.perf_counter() - epoch_began})
             with writing(workdir, workdir):
                 manager.wait_until_finished()  # so that metrics.jsonl is never ahead of the checkpoints by more than a line

@@ -173,7 +173,7 @@ def _difference(stored, wanted) -> str:
 # Metrics
 
 
-LINE = {"epoch": int, "train_loss": float, "train_error": float, "learning_rate": float, "seconds": float}
+LINE = {"epoch": int, "train_loss": float, "learning_rate": float, "seconds": float}
 
 
 def read_history(workdir: Path, done: int, writes: bool) -> list[dict]:

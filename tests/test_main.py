@@ -35,7 +35,7 @@ def test_the_command_line_trains_evaluates_and_predicts(tmp_path, capsys, monkey
     Image.fromarray(pixels).save("digit.png")
     Image.fromarray(np.stack([pixels] * 3, -1)).resize((56, 56), Image.Resampling.NEAREST).save("colour.png")
     config, model, variables, _, _ = saved.load(workdir)
-    expected = jax.nn.softmax(model.logits(variables, pixels[None, :, :, None] / np.float32(255), train=False))[0]
+    expected = jax.nn.softmax(model.outputs(variables, pixels[None, :, :, None] / np.float32(255), train=False))[0]
     for image in ("digit.png", "colour.png"):
         np.testing.assert_allclose(saved.predict(workdir, image), expected, rtol=1e-4)
         assert main.main(["--workdir", workdir, "--predict", image]) == 0

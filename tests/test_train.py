@@ -180,7 +180,7 @@ def test_the_test_error_counts_every_image_once(run):
     config, workdir, result = run
     data = make_data()
     model = programs.make_model(config, [data.train.images.mean()], [data.train.images.std()])
-    logits = model.logits(final_state(workdir, config).variables, data.test.images, train=False)
+    logits = model.outputs(final_state(workdir, config).variables, data.test.images, train=False)
     assert result["test_error"] == pytest.approx(np.mean(logits.argmax(-1) != data.test.labels))
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, data.test.labels).mean()
     assert result["test_loss"] == pytest.approx(float(nll), rel=1e-4)
@@ -241,7 +241,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32_weights():
     config = make_config(dtype="bfloat16")
     model = programs.make_model(config, [0.5], [0.3])
     state = programs.initial_state(config, model, (4, 4, 1))
-    assert model.logits(state.variables, make_data().test.images, train=False).dtype == jnp.bfloat16
+    assert model.outputs(state.variables, make_data().test.images, train=False).dtype == jnp.bfloat16
     mesh = programs.all_devices()
     state, _ = programs.epoch_program(config, model, make_data().train, mesh, state)[0](programs.place(mesh, state), 1)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}

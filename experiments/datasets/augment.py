@@ -1,8 +1,12 @@
 """Augmentations, as pure functions of (key, images) to be traced into the training step, and moments of a data set."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import pdo_jax as pdo
 
 from . import rotation
 
@@ -30,6 +34,31 @@ def shift_and_flip(key: jax.Array, images: jax.Array, pad: int = 4) -> jax.Array
     flip = jax.random.bernoulli(flip_key, shape=(n, 1, 1, 1))
     cropped = crop(padded, corners)
     return jnp.where(flip, cropped[:, :, ::-1], cropped)
+
+
+def turn(key: jax.Array, images: jax.Array, targets: jax.Array, *, in_rep=None, out_rep=None, group=None):
+    """Images and targets turned together, each pair by an element, drawn at random, of those of the group that keep the grid.
+
+    Args:
+      images, targets: fields [n, *space, channels, d] of `in_rep` and `out_rep`; without one, images [n, *space, channels] or
+        classes [n, *space].
+      group: by default that of `in_rep`.
+    """
+    group = group or in_rep.group
+    elements = np.flatnonzero(group.preserves_grid)
+    drawn = jax.random.randint(key, (len(images),), 0, len(elements)), jnp.arange(len(images))
+
+    def turned(x, rep):
+        act = functools.partial(pdo.fields.act, x, rep) if rep else lambda e: pdo.groups.transform(x, group.elements[e])
+        return jnp.stack([act(element) for element in elements])[drawn]
+
+    return turned(images, in_rep), turned(targets, out_rep)
+
+
+def scale(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean 0 and the root mean square of all channels, each [C]: moments of fields, whose zero and direction mean something."""
+    deviation = np.sqrt(np.mean(np.square(images), dtype=np.float64))
+    return np.zeros(images.shape[-1], np.float32), np.full(images.shape[-1], deviation, np.float32)
 
 
 def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -45,11 +45,12 @@ SEED = 0
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # "train" and "test" to images [n, H, W, C] and labels [n]
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Writes the arrays of `splits` in their order; `manual_dir` is where files put by hand lie."""
 
     VERSION = tfds.core.Version("1.0.0")
     SHAPE, DTYPE, HOMEPAGE = (32, 32, 3), np.uint8, "https://www.cs.toronto.edu/~kriz/cifar.html"
+    LABEL = tfds.features.Scalar(dtype=np.int32)
 
     def __init__(self, *, manual_dir: Path, **kwargs):
         self.manual_dir = Path(manual_dir)
@@ -60,7 +61,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             description=type(self).__doc__,
-            features=tfds.features.FeaturesDict({"image": image, "label": tfds.features.Scalar(dtype=np.int32)}),
+            features=tfds.features.FeaturesDict({"image": image, "label": self.LABEL}),
             homepage=self.HOMEPAGE,
             metadata=tfds.core.MetadataDict(),
             disable_shuffling=True,
@@ -87,7 +88,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return sources.first(self.info.full_name, chain, advice)
 
 
-class MnistRot(_Builder, skip_registration=True):
+class MnistRot(Builder, skip_registration=True):
     """Handwritten digits, each turned by its own angle, uniform in [0°, 360°): 12 000 to train, 50 000 to test."""
 
     BUILDER_CONFIGS = [
@@ -110,7 +111,7 @@ class MnistRot(_Builder, skip_registration=True):
         return regenerate(*digits), {"note": "regenerated from MNIST, not the official file", **provenance}
 
 
-class Cifar10(_Builder, skip_registration=True):
+class Cifar10(Builder, skip_registration=True):
     """Colour photographs of 10 classes: 50 000 to train, 10 000 to test."""
 
     def splits(self):
@@ -122,7 +123,7 @@ class Cifar10(_Builder, skip_registration=True):
         return splits, {"note": f"CIFAR-10, from {provenance['source']}", **provenance}
 
 
-class Cifar100(_Builder, skip_registration=True):
+class Cifar100(Builder, skip_registration=True):
     """Colour photographs of 100 fine classes: 50 000 to train, 10 000 to test."""
 
     def splits(self):

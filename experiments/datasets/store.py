@@ -30,12 +30,15 @@ CLASSES = {
     "cifar100": 100,
     "shapes3d": 8,
     "shapes3d/turned": 8,
+    "flow/4": None,
+    "flow/16": None,
+    "flow/64": None,
 }
 
 
 class Split(NamedTuple):
-    images: np.ndarray  # float32 in [0, 1], [n, H, W, C]
-    labels: np.ndarray  # int32, [n]
+    images: np.ndarray  # float32 in [0, 1], [n, H, W, C]; or other fields [n, *space, …]
+    labels: np.ndarray  # int32, [n], or [n, *space] of every pixel; or float32, [n, …]
 
 
 SPLITS = ("train", "validation", "test")
@@ -46,7 +49,7 @@ class Dataset(NamedTuple):
     train: Split
     validation: Split
     test: Split
-    num_classes: int
+    num_classes: int | None  # None where the labels are numbers
     note: str  # provenance
 
 
@@ -55,7 +58,8 @@ def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None =
 
     Args:
       name: "mnist_rot/subset" (embedded, needs no network), "mnist_rot/official", "mnist_rot/regenerated", "cifar10",
-        "cifar100", or "shapes3d" and "shapes3d/turned" (generated, volumes [n, D, H, W, C]; see `shapes3d`).
+        "cifar100", "shapes3d" and "shapes3d/turned" (generated, volumes [n, D, H, W, C]; see `shapes3d`), or "flow/4",
+        "flow/16", "flow/64" (simulated, velocities [n, 64, 64, 1, 2] and their changes, of so many trajectories; see `flow`).
       validation: how many examples, from the end of the train split, to set apart; 0 trains on all of it.
       data_dir: where prepared sets lie, and in its folder `manual` the archives put there by hand. Default: the
         environment variable PDO_DATA_DIR, or ~/.cache/pdo_jax.
@@ -79,7 +83,10 @@ def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None =
             root = Path(data_dir or os.environ.get("PDO_DATA_DIR") or "~/.cache/pdo_jax").expanduser()
         except RuntimeError as error:
             raise DataError(f"there is no home folder to keep data in ({error}); choose a folder with PDO_DATA_DIR") from error
-        splits, note = _read(_prepared(name, root))
+        splits, note = _read(_prepared("flow" if name.startswith("flow/") else name, root))
+        if name.startswith("flow/"):
+            pairs = int(name.partition("/")[2]) * len(splits["train"][0]) // 64
+            splits["train"] = tuple(array[:pairs] for array in splits["train"])
     train, test = _split(*splits["train"]), _split(*splits["test"])
     n = len(train.labels)
     if isinstance(validation, bool) or not isinstance(validation, int) or not 0 <= validation < n:
@@ -92,10 +99,11 @@ def _prepared(name: str, root: Path) -> Path:
     """The folder of the prepared data set; made in a temporary folder beside it, and moved there when complete."""
     import tensorflow_datasets as tfds
 
-    from . import builders
+    from . import builders, flow
 
     kind, _, config = name.partition("/")
-    builder = {"mnist_rot": builders.MnistRot, "cifar10": builders.Cifar10, "cifar100": builders.Cifar100}[kind]
+    builder = {"mnist_rot": builders.MnistRot, "cifar10": builders.Cifar10, "cifar100": builders.Cifar100,
+               "flow": flow.Flow}[kind]
     target = root / name / str(builder.VERSION)
     if target.exists():
         return target
@@ -170,4 +178,4 @@ def _split(images: np.ndarray, labels: np.ndarray) -> Split:
     floats = images.astype(np.float32)
     if images.dtype == np.uint8:
         floats /= 255
-    return Split(floats, labels.astype(np.int32))
+    return Split(floats, labels if labels.dtype == np.float32 else labels.astype(np.int32))

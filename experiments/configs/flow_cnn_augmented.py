@@ -1,0 +1,14 @@
+"""The plain U-Net of flow_cnn.py, trained on pairs that are turned by elements of p4m drawn at random.
+
+    python -m experiments.main --config experiments/configs/flow_cnn_augmented.py
+
+Recorded: nothing yet.
+"""
+
+from functools import partial
+
+from experiments.configs.flow_cnn import config as cnn
+from experiments.configs.flow_p4m import VECTOR
+from experiments.datasets import augment
+
+config = cnn | dict(augment=partial(augment.turn, in_rep=VECTOR, out_rep=VECTOR))

@@ -1,0 +1,30 @@
+"""One step of decaying turbulence by a U-Net of p4m: velocity fields to their change, from 16 trajectories.
+
+    python -m experiments.main --config experiments/configs/flow_p4m.py
+
+The first time the flow is simulated, which needs `pip install exponax` and takes about a minute. The input and the output are
+vector fields of p4m on a torus of 64² points; see docs/flow.md. Other numbers of trajectories: --set dataset=flow/4.
+"""
+
+from functools import partial
+
+import pdo_jax as pdo
+from experiments import losses
+from experiments.config import warmup_cosine
+from experiments.datasets import augment
+
+EPOCHS = 40
+P4M = pdo.groups.dihedral(4)
+VECTOR = pdo.fields.standard(P4M)
+
+config = dict(
+    network=pdo.networks.UNet(P4M, widths=(3, 4, 6), out=VECTOR, in_rep=VECTOR, periodic=True, pool=pdo.mean_pool),
+    dataset="flow/16",
+    loss=losses.relative_l2,
+    metrics={},
+    moments=augment.scale,
+    epochs=EPOCHS,
+    batch_size=8,
+    learning_rate=partial(warmup_cosine, 1e-2, 2, EPOCHS),
+    eval_batch_size=40,
+)
