@@ -7,7 +7,8 @@ import pytest
 
 import pdo_jax as pdo
 from experiments import datasets
-from experiments.datasets import flow
+from experiments import flow as rollouts
+from experiments.datasets import Split, flow
 
 P4M = pdo.groups.dihedral(4)
 
@@ -46,3 +47,36 @@ def test_a_missing_solver_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(datasets.DataError, match="^the flow .* not installed: pip install exponax$"):
         datasets.load("flow/16", data_dir=tmp_path)
     assert not (tmp_path / "flow").exists()
+
+
+def waves(*numbers):
+    """Velocities [n, SIZE, SIZE, 1, 2] along their gradient, and across it, of waves with these wave numbers."""
+    x = 2 * np.pi * np.indices((flow.SIZE, flow.SIZE)) / flow.SIZE
+    slopes = np.stack([np.sin(k * x[0] + m * x[1])[..., None] * np.array([k, m]) for k, m in numbers])
+    return slopes[:, :, :, None], (slopes @ np.array([[0, 1], [-1, 0]]))[:, :, :, None]
+
+
+def test_what_a_state_is_said_to_be():
+    """Gradients are taken out and all else is left; the curl is that of a known field; the spectrum adds up to the energy."""
+    along, across = waves((3, -5), (0, 7), (31, 2))
+    np.testing.assert_allclose(rollouts.without_divergence(along + across + 0.5), across + 0.5, atol=1e-3)
+    x, y = 2 * np.pi * np.indices((flow.SIZE, flow.SIZE)) / flow.SIZE
+    np.testing.assert_allclose(rollouts.vorticity(across[0]), 34 * np.cos(3 * x - 5 * y), atol=1e-9)
+    power = rollouts.spectrum(across[:2])
+    assert power.shape == (flow.SIZE // 2 - 1,) and set(np.flatnonzero(power > 1e-9) + 1) == {6, 7}
+    np.testing.assert_allclose(power.sum(), (across[:2] ** 2).sum(-1).mean() / 2)
+
+
+def test_a_rollout_and_its_errors(monkeypatch):
+    """Pairs in order are a trajectory; a law that is known is followed; one with a direction does not turn with the group."""
+    monkeypatch.setattr(flow, "STEPS", 3)
+    monkeypatch.setattr(rollouts, "TOLD", (1, 3))
+    start = flow.velocity(flow.start(2, 0))[:, :, :, None].astype(np.float32)
+    true = start[:, None] * 0.9 ** np.arange(4).reshape(4, 1, 1, 1, 1).astype(np.float32)
+    test = Split(true[:, :-1].reshape(6, *start.shape[1:]), np.diff(true, axis=1).reshape(6, *start.shape[1:]))
+    np.testing.assert_allclose(rollouts.trajectories(test), true, atol=1e-6)
+    for network, error in ((lambda u: -0.1 * u, 0), (lambda u: -0.2 * u * np.array([1, 0]), 0.1 / 0.9)):
+        told = rollouts.measures(network, test, true, rollouts.rollout(network, start, 3))
+        assert told["one_step_error"] == pytest.approx(error, abs=1e-5)
+        for errors in (told["turned_rollout_error"], told["rollout_error"]):
+            assert errors.keys() == {"1", "3"} and all((value > 0.01) == bool(error) for value in errors.values())

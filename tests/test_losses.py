@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from test_train import flat, make_config, make_data
+from test_train import flat
 
 import pdo_jax as pdo
 from experiments import losses, programs, saved, train
@@ -52,6 +52,17 @@ def test_metrics_add_up_over_what_counts():
             ([0, 1, 2, 3], [True] * 4), ([4, 5, 0, 0], [True, True, False, False]))]
         total = jax.tree.map(lambda *values: np.sum(values, 0), *parts)
         np.testing.assert_allclose(metric.value(total), expected, rtol=1e-6)
+
+
+def test_noise_is_taken_back_by_the_targets():
+    """And augmentations in turn are each given a key of their own."""
+    images, targets = moving(4, 0)
+    noise = partial(augment.disturb, deviation=0.1)
+    x, y = noise(jax.random.key(0), images, targets)
+    np.testing.assert_allclose(x + y, images + targets, atol=1e-6)
+    assert 0.08 < (x - images).std() < 0.12
+    x, _ = augment.in_turn(jax.random.key(0), images, targets, (noise, noise))
+    assert 0.12 < (x - images).std() < 0.16
 
 
 def pixels(n, seed):
@@ -164,13 +175,3 @@ class Flat(nn.Module):
 def test_what_does_not_fit_is_named_before_compute(tmp_path, changes, make, classes, message):
     with pytest.raises((TrainError, ConfigError), match=message):
         train.train(config(**changes), tmp_path / "run", dataset(make, classes))
-
-
-def test_classification_by_the_loss_of_old(tmp_path):
-    """The default loss and metric are what they are told to be: cross entropy of classes, and the share of wrong ones."""
-    plain = train.train(make_config(epochs=1), tmp_path / "plain", make_data())
-    metrics = {"error": losses.Metric(losses.confusion, losses.error_rate)}
-    said = make_config(epochs=1, loss=losses.cross_entropy, metrics=metrics)
-    told = train.train(said, tmp_path / "told", make_data())
-    assert plain["test_loss"] == told["test_loss"] and plain["test_error"] == told["test_error"]
-    assert plain["config"] == told["config"]

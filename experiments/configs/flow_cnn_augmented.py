@@ -11,4 +11,6 @@ from experiments.configs.flow_cnn import config as cnn
 from experiments.configs.flow_p4m import VECTOR
 from experiments.datasets import augment
 
-config = cnn | dict(augment=partial(augment.turn, in_rep=VECTOR, out_rep=VECTOR))
+TURN = partial(augment.turn, in_rep=VECTOR, out_rep=VECTOR)
+
+config = cnn | dict(augment=partial(augment.in_turn, functions=(TURN, cnn["augment"])))

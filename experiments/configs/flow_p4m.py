@@ -23,6 +23,7 @@ config = dict(
     loss=losses.relative_l2,
     metrics={},
     moments=augment.scale,
+    augment=partial(augment.disturb, deviation=0.02),
     epochs=EPOCHS,
     batch_size=8,
     learning_rate=partial(warmup_cosine, 1e-2, 2, EPOCHS),

@@ -1,6 +1,7 @@
 """Augmentations, as pure functions of (key, images) to be traced into the training step, and moments of a data set."""
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,20 @@ def turn(key: jax.Array, images: jax.Array, targets: jax.Array, *, in_rep=None, 
         return jnp.stack([act(element) for element in elements])[drawn]
 
     return turned(images, in_rep), turned(targets, out_rep)
+
+
+def disturb(key: jax.Array, images: jax.Array, targets: jax.Array, deviation: float):
+    """White noise on the images, and targets, which are their change over a step, that take it back: what a network learns so it
+    does to its own small errors, step after step."""
+    noise = deviation * jax.random.normal(key, images.shape, images.dtype)
+    return images + noise, targets - noise
+
+
+def in_turn(key: jax.Array, images: jax.Array, targets: jax.Array, functions: Sequence[Callable]):
+    """What several augmentations of images and targets make of them, one after another."""
+    for function, own in zip(functions, jax.random.split(key, len(functions)), strict=True):
+        images, targets = function(own, images, targets)
+    return images, targets
 
 
 def scale(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
