@@ -57,8 +57,8 @@ def turn(key: jax.Array, images: jax.Array, targets: jax.Array, *, in_rep=None, 
 
 
 def disturb(key: jax.Array, images: jax.Array, targets: jax.Array, deviation: float):
-    """White noise on the images, and targets, which are their change over a step, that take it back: what a network learns so it
-    does to its own small errors, step after step."""
+    """White noise on the images, which the targets, their change over a step, take back: a network that learns it corrects
+    small errors of its own, step after step."""
     noise = deviation * jax.random.normal(key, images.shape, images.dtype)
     return images + noise, targets - noise
 
