@@ -1,4 +1,4 @@
-"""Trained networks for inference: folded into plain convolutions, and as a StableHLO program that needs no network to run."""
+"""Trained networks for inference: folded into plain convolutions, and as a StableHLO or ONNX program that runs by itself."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from pdo_jax.groups import Array
 from pdo_jax.layers import GroupBatchNorm, trains
 from pdo_jax.weights import load, save
 
-__all__ = ["Plain", "about", "from_stablehlo", "load", "save", "to_plain", "to_stablehlo"]
+__all__ = ["Plain", "about", "from_stablehlo", "load", "save", "to_onnx", "to_plain", "to_stablehlo"]
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -181,6 +181,41 @@ def about(data: bytes) -> dict[str, Any]:
     if _checksum(written) != checksum:
         raise ValueError(f"the file of {len(data)} bytes is damaged: its checksum is not {checksum!r}: write it anew")
     return json.loads(line)
+
+
+def to_onnx(network: nn.Module, variables: Mapping[str, Any], shape: Sequence[int | None]) -> bytes:
+    """A network at inference as an ONNX model with its variables inside, of one input "x" in float32.
+
+    Needs the package ``jax2onnx`` (the extra ``onnx``), which converts convolutions along one axis or two.
+
+    Args:
+      network, variables: as for :func:`to_plain`, or what it returned.
+      shape: of the input, [batch, *space, channels]; batch None: any.
+
+    Raises:
+      ImportError: jax2onnx is not installed.
+      ValueError: as :func:`to_plain`; what jax2onnx cannot convert, such as convolutions in space (:func:`to_stablehlo` can),
+        or what computes in another type than float32, which few ONNX runtimes do.
+    """
+    try:
+        import jax2onnx
+        import onnx_ir
+    except ImportError as error:
+        raise ImportError(f'to_onnx needs jax2onnx ({error}): pip install "pdo_jax[onnx]"') from error
+    plain, variables = to_plain(network, variables, shape)
+    name, x = type(plain.network).__name__, jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
+    program = jax.make_jaxpr(functools.partial(plain.apply, variables))(x)
+    if halves := {v.aval.dtype.name for v in jax.tree.leaves([eqn.outvars for eqn in program.eqns])} & {"bfloat16", "float16"}:
+        raise ValueError(f"{name} computes in {halves.pop()}; give it in float32: network.clone(dtype=jnp.float32)")
+    try:
+        model = jax2onnx.to_onnx(functools.partial(plain.apply, variables), [("batch" if shape[0] is None else shape[0],
+                                 *shape[1:])], model_name=name, input_names=["x"], return_mode="ir")
+    except (NotImplementedError, TypeError, jax.errors.InconclusiveDimensionOperation) as error:
+        raise ValueError(f"jax2onnx cannot convert {name} for inputs {tuple(shape)}: {error}; to_stablehlo takes any network, "
+                         "and a batch given as a number more of them") from error
+    for value in (value for node in model.graph for value in node.outputs if value.type is None):
+        value.shape = None  # which the file could not hold without a type, as a warning would say of each
+    return onnx_ir.to_proto(model).SerializeToString()
 
 
 _MARK = b"\npdo_jax.export "
