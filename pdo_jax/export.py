@@ -38,7 +38,7 @@ def to_plain(network: nn.Module, variables: Mapping[str, Any], shape: Sequence[i
     ``train`` is called without. In "params", under the path of every LiftingConv, GroupConv and PDOConv, stand an expanded
     kernel [k, …, k, channels · components, features · out components] and a bias. A GroupBatchNorm becomes a scale and a bias;
     where a convolution's output goes nowhere but into it, at every call of both, it is merged into the convolution and has no
-    variables. All else stays, also a subclass of these layers with a ``__call__`` of its own.
+    variables. All else stays, also layers that are transposed or in parts, and a subclass with a ``__call__`` of its own.
 
     Args:
       network: a Flax module of one input, or a :class:`Plain`, which is returned as it is.
@@ -234,8 +234,10 @@ def _inference(network):
 
 
 def _folds(context):
-    return context.method_name == "__call__" and type(context.module).__call__ in (
-        LiftingConv.__call__, GroupConv.__call__, PDOConv.__call__, GroupBatchNorm.__call__)
+    layer = context.module
+    return context.method_name == "__call__" and type(layer).__call__ in (
+        LiftingConv.__call__, GroupConv.__call__, PDOConv.__call__, GroupBatchNorm.__call__) and not (
+        getattr(layer, "transpose", False) or getattr(layer, "feature_group_count", 1) > 1)
 
 
 def _norm_input(layer, x, train=None):
@@ -330,24 +332,31 @@ def _run(way, call, args, kwargs, context):
 def _convolution(way, layer, x):
     coefficients, group = layer.coefficients(), layer.in_rep.group if isinstance(layer, PDOConv) else layer.group
     lifted = x.ndim > group.dim + 2
-    x, strides, padding = conv.prepare(layer, x if lifted else x[..., None], group.dim)
+    x = x if lifted else x[..., None]
     kernel, bias = (layer.get_variable("params", name) for name in ("kernel", "bias"))
-    shape = (layer.kernel_size,) * group.dim + (x.shape[-2] * x.shape[-1],)
+    shape = coefficients.stencils.shape[1:] + (x.shape[-2] * x.shape[-1],)
     if kernel is None or kernel.shape[:-1] != shape:
         raise ValueError(f"{_name(layer)} takes a plain kernel, of shape {shape} before its last axis, got "
                          f"{kernel if kernel is None else kernel.shape}: give the variables that to_plain returned")
     symmetry = {} if isinstance(layer, PDOConv) else conv.symmetry(group, coefficients.bank, lifted)
     kernel = kernel.reshape(*kernel.shape[:-2], *x.shape[-2:], layer.features, -1)
-    y = lowering.convolve(x, kernel, coefficients.stencils, coefficients.indices, strides=strides, padding=padding,
-                          coefficients=_Parts(coefficients), lowering=way, **symmetry)
-    return y + bias.reshape(layer.features, -1).astype(x.dtype)
+    y = conv.convolve(layer, x, kernel, _Parts(coefficients), way, **symmetry)
+    return y + bias.reshape(layer.features, -1).astype(y.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Parts(lowering.Given):
     """The coefficients of the operators in a plain kernel [k, …, k, channels, components, features, out components]."""
 
-    layer: Callable
+    layer: Any
+
+    @property
+    def stencils(self):
+        return self.layer.stencils
+
+    @property
+    def indices(self):
+        return self.layer.indices
 
     def __call__(self, kernel, wanted=None):
         inverse = self._inverse(kernel.dtype)
@@ -360,8 +369,8 @@ class _Parts(lowering.Given):
         return jnp.tensordot(inverse.T, c, 1).reshape(shape)
 
     def _inverse(self, dtype):
-        stencils = self.layer.stencils
-        return jnp.asarray(np.linalg.pinv(stencils.reshape(len(stencils), -1)).T, dtype)  # of stencils that are independent
+        flat = self.stencils.reshape(len(self.stencils), -1)
+        return jnp.asarray(np.linalg.pinv(flat).T, dtype)  # of stencils that are independent
 
     def kernel(self, kernel):
         return kernel.reshape(*kernel.shape[:-4], kernel.shape[-4] * kernel.shape[-3], -1)
