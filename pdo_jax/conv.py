@@ -172,7 +172,8 @@ class PDOConv(nn.Module):
       order: highest order of the operators, by default kernel_size - 1, at most 2.
       use_bias: one bias for each output field, for an out_rep that permutes (trivial, regular, quotient).
       transpose: as for :class:`GroupConv`, of an operator from ``out_rep`` to ``in_rep``, which must be orthogonal.
-      The others as for :class:`LiftingConv`.
+
+    The others as for :class:`LiftingConv`.
 
     Shapes: [batch, *space, channels, in_rep.dim] -> [batch, *space, features, out_rep.dim].
 
