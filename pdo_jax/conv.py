@@ -15,7 +15,7 @@ from pdo_jax import kernels, lowering, operators, steerable, stencils
 from pdo_jax.fields import Representation, field_axes, group_of
 from pdo_jax.groups import Array, Group
 from pdo_jax.lowering.channels import along
-from pdo_jax.lowering.layout import merge, take
+from pdo_jax.lowering.layout import extended, merge, split, take
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 
@@ -35,7 +35,7 @@ class _OrbitConv(Framed):
 
     features: int
     group: Group
-    kernel_size: int = 5
+    kernel_size: int | Sequence[int] = 5
     strides: int | Sequence[int] = 1
     padding: Padding = "SAME"
     basis: str | int = "paper"
@@ -46,19 +46,22 @@ class _OrbitConv(Framed):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Callable[..., Any] | None = None
+    kernel_dilation: int | Sequence[int] = 1
+    feature_group_count: int = 1
+    spacing: Sequence[float] | None = None
 
     def _convolve(self, x, lifted):
-        _check_features(self)
-        group, coefficients = self.group, self.coefficients()
-        bank, (channels, components) = coefficients.bank, x.shape[-2:]
-        init = self.kernel_init or nn.initializers.normal(bank.scale(channels * components, rectified=lifted))
-        w = self.param("kernel", init, (bank.turned.shape[1], channels, components, self.features), self.param_dtype)
-        return _apply(self, x, w, coefficients, **symmetry(group, bank, lifted))
+        channels, features = _widths(self, x)
+        coefficients, components = self.coefficients(), x.shape[-1]
+        bank, fan_in = coefficients.bank, x.shape[-2] * components / _sharing(self, self.group.dim)
+        init = self.kernel_init or nn.initializers.normal(bank.scale(fan_in, rectified=lifted))
+        w = self.param("kernel", init, (bank.turned.shape[1], channels, components, features), self.param_dtype)
+        return _apply(self, x, w, coefficients, components, **symmetry(self.group, bank, lifted))
 
     @nn.nowrap
     def coefficients(self) -> kernels.Coefficients:
         """The function that makes the coefficients of the layer's operators of its parameters."""
-        bank = kernels.bank(self.group, self.kernel_size, self.basis, self.scheme, self.frame)
+        bank = kernels.bank(self.group, self.kernel_size, self.basis, self.scheme, self.frame, self.spacing)
         return kernels.Coefficients(bank, self.group if isinstance(self, GroupConv) else None)
 
 
@@ -71,9 +74,11 @@ class LiftingConv(_OrbitConv):
     Attributes:
       features: number of output channels.
       group: a finite group of the dimension of space.
-      kernel_size: odd number of points along each axis; 1 is pointwise.
+      kernel_size: odd number of points, one for all axes or one each; 1 is pointwise. Where sizes differ, stencils are products
+        of those along each axis, and elements that swap such axes are kept to second order only.
       strides: step between outputs, one for all axes or one each.
-      padding: "SAME" (kernel_size // 2 zeros on every side), "VALID", "CIRCULAR" (as SAME, periodic), a number of zeros, or one
+      padding: "SAME" (zeros on every side, as far as the kernel reaches), "VALID" (none), as SAME but continued "CIRCULAR"
+        (periodic), "REFLECT" (mirrored at the outermost points) or "EDGE" (which repeats these); or a number of zeros, or one
         number or (before, after) for each axis.
       basis: "paper" (at most 2 derivatives along an axis and kernel_size - 1 in all: the nine operators on 5×5) or an int (all
         operators up to that order).
@@ -83,6 +88,10 @@ class LiftingConv(_OrbitConv):
       use_bias: one bias for each output channel, shared over the group.
       dtype: of the computation, by default that of the input; param_dtype: of the parameters.
       kernel_init: by default normal, scaled to keep the variance of a white input (``kernels.Bank.scale``).
+      kernel_dilation: distance between the points of the kernel, in which its derivatives are measured.
+      feature_group_count: parts of the channels and of the features, each convolved by itself; all channels: depthwise.
+      spacing: of the grid along each axis, in one unit, such as (1, 1, 2.5) for thick slices: derivatives are those of that
+        space. Elements that swap axes of equal spacing alone, or mirror any, are kept exactly, others to second order.
 
     Shapes: [batch, *space, channels] -> [batch, *space, features, group.order].
 
@@ -115,16 +124,18 @@ class GroupConv(_OrbitConv):
     Attributes:
       features: number of output channels.
       group: a finite group of the dimension of space.
-      kernel_size: odd number of points along each axis; 1 is pointwise.
-      strides: step between outputs, one for all axes or one each.
-      padding: "SAME", "VALID", "CIRCULAR" (as SAME, periodic), or zeros: a number, or one or (before, after) for each axis.
+      kernel_size: odd number of points, one for all axes or one each; this and the following as for :class:`LiftingConv`.
+      strides: step between outputs; kernel_dilation: distance of the kernel's points; both one for all axes or one each.
+      padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "EDGE" or numbers of zeros.
       basis: the operators: "paper" (nine on 5×5), or an int, all up to that order.
-      scheme: the discretisation, a function of :mod:`pdo_jax.stencils` or one like them.
+      scheme: the discretisation, a function of :mod:`pdo_jax.stencils` or one like them; spacing: of the grid, for each axis.
       frame: turns the base operators before the group does; an angle in radians, or an orthogonal matrix.
-      lowering: how it is computed, see :mod:`pdo_jax.lowering`; all give the same numbers.
+      lowering: how it is computed; dtype: of the computation; param_dtype: of the parameters.
       use_bias: one bias for each output channel, shared over the group.
-      dtype: of the computation, by default that of the input; param_dtype: of the parameters.
       kernel_init: by default normal, scaled to keep the variance behind a ReLU.
+      feature_group_count: parts of channels and features that do not meet.
+      transpose: the adjoint of the convolution that these options describe, from ``features`` channels to those of the input:
+        strides · (n - 1) + 1 points for n (with SAME, or continued), by 2: 4 -> 7; ``upsample`` reaches 8.
 
     Shapes: [batch, *space, channels, group.order] -> [batch, *space, features, group.order].
 
@@ -139,6 +150,8 @@ class GroupConv(_OrbitConv):
     >>> layer.apply(variables, x).shape
     (2, 9, 9, 7, 8)
     """
+
+    transpose: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> jax.Array:
@@ -158,7 +171,9 @@ class PDOConv(nn.Module):
       in_rep, out_rep: representations of one group.
       order: highest order of the operators, by default kernel_size - 1, at most 2.
       use_bias: one bias for each output field, for an out_rep that permutes (trivial, regular, quotient).
-      The others as for :class:`LiftingConv`.
+      transpose: as for :class:`GroupConv`, of an operator from ``out_rep`` to ``in_rep``, which must be orthogonal.
+
+    The others as for :class:`LiftingConv`.
 
     Shapes: [batch, *space, channels, in_rep.dim] -> [batch, *space, features, out_rep.dim].
 
@@ -171,7 +186,7 @@ class PDOConv(nn.Module):
     in_rep: Representation
     out_rep: Representation
     order: int | None = None
-    kernel_size: int = 5
+    kernel_size: int | Sequence[int] = 5
     strides: int | Sequence[int] = 1
     padding: Padding = "SAME"
     scheme: stencils.Scheme = stencils.central_difference
@@ -180,28 +195,36 @@ class PDOConv(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Callable[..., Any] | None = None
+    kernel_dilation: int | Sequence[int] = 1
+    feature_group_count: int = 1
+    spacing: Sequence[float] | None = None
+    transpose: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> jax.Array:
-        _check_features(self)
+        channels, features = _widths(self, x)
         for name, rep in (("in_rep", self.in_rep), ("out_rep", self.out_rep)):
             if not isinstance(rep, Representation):
                 raise ValueError(f"{name} of PDOConv must be a Representation, such as fields.regular(group), got {rep!r}")
+            if self.transpose and not rep.is_orthogonal:
+                raise ValueError(f"a transposed PDOConv is equivariant only for orthogonal representations, got {name}={rep!r}")
         field_axes("PDOConv", x, self.in_rep, scalars=False, remedy="scalars are [..., channels, 1] of fields.trivial(group)")
         if self.use_bias and not self.out_rep.is_permutation:
             raise ValueError(f"a bias is equivariant only where the group permutes components, got out_rep={self.out_rep!r}")
         coefficients = self.coefficients()
         count = coefficients.count
-        fan_in = x.shape[-2] * count / self.out_rep.dim  # each H_k has a kernel of norm 1
+        fan_in = x.shape[-2] * count / self.out_rep.dim / _sharing(self, x.ndim - 3)  # each H_k has a kernel of norm 1
         w = self.param("kernel", self.kernel_init or nn.initializers.normal(1 / math.sqrt(fan_in)),
-                       (count, x.shape[-2], self.features), self.param_dtype)
-        return _apply(self, x, w, coefficients)
+                       (count, channels, features), self.param_dtype)
+        return _apply(self, x, w, coefficients, self.out_rep.dim)
 
     @nn.nowrap
     def coefficients(self) -> "_SteerableCoefficients":
         """The function that makes the coefficients of the layer's operators of its parameters."""
-        order = min(self.kernel_size - 1, 2) if self.order is None else self.order
-        return _steerable_coefficients(self.in_rep, self.out_rep, order, self.kernel_size, stencils.same(self.scheme))
+        sizes = stencils.axes_of("kernel_size", self.kernel_size, self.in_rep.group.dim)
+        order = min(min(sizes) - 1, 2) if self.order is None else self.order
+        reps = (self.out_rep, self.in_rep) if self.transpose else (self.in_rep, self.out_rep)
+        return _steerable_coefficients(*reps, order, sizes, stencils.same(self.scheme), self.spacing and tuple(self.spacing))
 
 
 class _SteerableCoefficients:
@@ -220,12 +243,13 @@ class _SteerableCoefficients:
     count: int
     components: tuple[int, ...]
 
-    def __init__(self, in_rep: Representation, out_rep: Representation, order: int, kernel_size: int, scheme: stencils.Scheme):
+    def __init__(self, in_rep: Representation, out_rep: Representation, order: int, sizes: tuple[int, ...],
+                 scheme: stencils.Scheme, spacing: tuple[float, ...] | None):
         basis = steerable.basis(in_rep, out_rep, order)
         if not len(basis):
             raise ValueError(f"there is no equivariant operator up to order {order} from {in_rep!r} to {out_rep!r}")
         self.indices = operators.multi_indices(in_rep.group.dim, order)
-        self.stencils: np.ndarray = stencils.bank(self.indices, kernel_size, scheme)
+        self.stencils: np.ndarray = stencils.bank(self.indices, sizes, scheme, spacing)
         self.count, self.components = len(basis), basis.shape[2:]
         basis = basis.reshape(*basis.shape[:2], -1)
         found = list(_blocks((basis != 0).any(1)))
@@ -288,33 +312,65 @@ def _taken(x, index, axis):
 _steerable_coefficients = functools.lru_cache(maxsize=16)(_SteerableCoefficients)
 
 
-def _apply(module, x, w, coefficients, **symmetry):
+def _apply(module, x, w, coefficients, components, **symmetry):
     """Convolves and adds the bias of a layer."""
-    x, strides, padding = prepare(module, x, coefficients.stencils.ndim - 1)
-    lowering.check_lowering(module.lowering, symmetry.get("turn"))
     with lowering.portable() if module.is_initializing() else contextlib.nullcontext():  # a shape is wanted, soon
-        y = lowering.convolve(x, w, coefficients.stencils, coefficients.indices, strides=strides, padding=padding,
-                              coefficients=coefficients, lowering=module.lowering, **symmetry)
+        y = convolve(module, x, w, coefficients, module.lowering, components, **symmetry)
     if module.use_bias:
         bias = module.param("bias", nn.initializers.zeros, (module.features,), module.param_dtype)
-        y = y + along(bias.astype(x.dtype), y)
+        y = y + along(bias.astype(y.dtype), y)
     return y
 
 
-def prepare(module: nn.Module, x: Array, dim: int) -> tuple[jax.Array, tuple[int, ...], tuple[tuple[int, int], ...]]:
-    """x in the dtype of a layer and padded where that is periodic, its strides, and the zeros (before, after) still to add."""
-    size = module.kernel_size
-    strides = _per_axis("strides", module.strides, dim)
-    padding, circular = _padding(module.padding, dim, size)
-    if circular:
-        if min(x.shape[1:dim + 1]) < size // 2:
-            raise ValueError(f"circular padding by {size // 2} needs a larger input, got {x.shape[1:dim + 1]}")
-        x = jnp.pad(x, ((0, 0), *padding, *[(0, 0)] * (x.ndim - dim - 1)), mode="wrap")
-        padding = ((0, 0),) * dim
+def convolve(module: nn.Module, x: Array, w: jax.Array, coefficients: Any, way: str, components: int = 0,
+             **symmetry: Any) -> jax.Array:
+    """The convolution of a layer without its bias, [batch, *space, channels, components] -> [batch, *space', features, …].
+
+    Args:
+      module: whose options count; x: its input, w: parameters for the coefficients; way: the lowering.
+      components: those of the output, for a transposed layer.
+    """
+    sizes, space = coefficients.stencils.shape[1:], x.shape[1:-2]
+    dim = len(sizes)
+    strides, dilation = (_per_axis(name, getattr(module, name), dim) for name in ("strides", "kernel_dilation"))
+    reach = [(k - 1) * d for k, d in zip(sizes, dilation, strict=True)]
+    padding, mode = _padding(module.padding, dim, reach)
     dtype = jnp.dtype(module.dtype or (x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32))
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"a convolution is computed in a floating type, got {dtype}")
-    return x.astype(dtype), strides, padding
+    lowering.check_lowering(way, symmetry.get("turn"))
+
+    zeros, groups = ((0, 0),) * dim if mode else padding, module.feature_group_count
+    each = functools.partial(lowering.convolve, stencils=coefficients.stencils, indices=coefficients.indices, strides=strides,
+                             padding=zeros, dilation=dilation, coefficients=coefficients, lowering=way, **symmetry)
+
+    def forward(x):
+        if mode:
+            if any(n < low + (mode == "reflect") for n, (low, _) in zip(x.shape[1:], padding, strict=False)):
+                raise ValueError(f"{module.padding} padding by {padding} needs a larger input, got {x.shape[1:1 + dim]}")
+            for axis, (low, high) in enumerate(padding, 1):
+                x = extended(x, axis, low, high, mode)
+        if groups == 1:
+            return each(x, w)
+        if any(jax.typeof(x).sharding.spec):  # vmap of a convolution has no rule for explicit meshes
+            parts = zip(jnp.split(x, groups, dim + 1), jnp.split(w, groups, w.ndim - 1), strict=True)
+            return jnp.concatenate([each(*part) for part in parts], dim + 1)
+        parts = split(x, dim + 1, groups), split(w, w.ndim - 1, groups)
+        return merge(jax.vmap(each, (dim + 1, w.ndim - 1), dim + 1)(*parts), dim + 1)
+
+    x = x.astype(dtype)
+    if not getattr(module, "transpose", False):
+        return forward(x)
+    space = [(n - 1) * s + 1 + r - sum(p) for n, s, r, p in zip(space, strides, reach, padding, strict=True)]
+    if min(space) < 1:
+        raise ValueError(f"{module.padding} padding leaves {space} points of a transposed convolution of {x.shape[1:1 + dim]}")
+    return jax.linear_transpose(forward, _like(x, (x.shape[0], *space, module.features, components)))(x)[0]
+
+
+def _like(x, shape):
+    """What stands for an array of another shape, sharded over its batch as x is."""
+    kind = jax.typeof(x)
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=kind.sharding, manual_axis_type=kind.manual_axis_type)
 
 
 def symmetry(group: Group, bank: kernels.Bank, lifted: bool) -> dict[str, Any]:
@@ -350,16 +406,18 @@ def turn(group: Group, lifted: bool) -> lowering.Turn | None:
     return lowering.Turn(tuple(orbits) if lifted else None, tuple(orbits))
 
 
-def _padding(padding, dim, size):
-    """((before, after), …) and whether it is periodic."""
-    half = ((size // 2,) * 2,) * dim
+_CONTINUED = {"CIRCULAR": "wrap", "REFLECT": "reflect", "EDGE": "edge"}
+
+
+def _padding(padding, dim, reach):
+    """((before, after), …), and by which values of the input; None for zeros."""
     if isinstance(padding, str):
-        named = {"SAME": (half, False), "CIRCULAR": (half, True), "VALID": (((0, 0),) * dim, False)}
-        if padding.upper() not in named:
-            raise ValueError(f'padding must be "SAME", "VALID", "CIRCULAR" or numbers, got {padding!r}')
-        return named[padding.upper()]
+        name = padding.upper()
+        if name not in ("SAME", "VALID", *_CONTINUED):
+            raise ValueError(f'padding must be "SAME", "VALID", {", ".join(map(repr, _CONTINUED))} or numbers, got {padding!r}')
+        return tuple((0, 0) if name == "VALID" else (r // 2, r // 2) for r in reach), _CONTINUED.get(name)
     pads = _per_axis("padding", padding, dim, least=0, pairs=True)
-    return tuple(p if isinstance(p, tuple) else (p, p) for p in pads), False
+    return tuple(p if isinstance(p, tuple) else (p, p) for p in pads), None
 
 
 def _per_axis(what, value, dim, least=1, pairs=False):
@@ -372,6 +430,22 @@ def _per_axis(what, value, dim, least=1, pairs=False):
     return values
 
 
-def _check_features(module):
-    if isinstance(module.features, bool) or not isinstance(module.features, int | np.integer) or module.features < 1:
-        raise ValueError(f"features of {type(module).__name__} must be an int >= 1, got {module.features!r}")
+def _widths(module, x):
+    """The numbers of channels and features that the kernel has."""
+    for name in ("features", "feature_group_count"):
+        value = getattr(module, name)
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name} of {type(module).__name__} must be an int >= 1, got {value!r}")
+    channels, groups = x.shape[-2], module.feature_group_count
+    if channels % groups or module.features % groups:
+        raise ValueError(f"feature_group_count={groups} of {type(module).__name__} must divide its {channels} channels and "
+                         f"{module.features} features")
+    if getattr(module, "transpose", False):
+        return module.features // groups, channels
+    return channels // groups, module.features
+
+
+def _sharing(module, dim):
+    """By what factor fewer values of the input meet in one of the output than all channels at each point of a kernel."""
+    strides = math.prod(_per_axis("strides", module.strides, dim)) if getattr(module, "transpose", False) else 1
+    return module.feature_group_count * strides

@@ -1,4 +1,4 @@
-"""Trained networks for inference: folded into plain convolutions, and as a StableHLO program that needs no network to run."""
+"""Trained networks for inference: folded into plain convolutions, and as a StableHLO or ONNX program that runs by itself."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from pdo_jax.groups import Array
 from pdo_jax.layers import GroupBatchNorm, trains
 from pdo_jax.weights import load, save
 
-__all__ = ["Plain", "about", "from_stablehlo", "load", "save", "to_plain", "to_stablehlo"]
+__all__ = ["Plain", "about", "from_stablehlo", "load", "save", "to_onnx", "to_plain", "to_stablehlo"]
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -38,7 +38,7 @@ def to_plain(network: nn.Module, variables: Mapping[str, Any], shape: Sequence[i
     ``train`` is called without. In "params", under the path of every LiftingConv, GroupConv and PDOConv, stand an expanded
     kernel [k, …, k, channels · components, features · out components] and a bias. A GroupBatchNorm becomes a scale and a bias;
     where a convolution's output goes nowhere but into it, at every call of both, it is merged into the convolution and has no
-    variables. All else stays, also a subclass of these layers with a ``__call__`` of its own.
+    variables. All else stays, also layers that are transposed or in parts, and a subclass with a ``__call__`` of its own.
 
     Args:
       network: a Flax module of one input, or a :class:`Plain`, which is returned as it is.
@@ -183,6 +183,41 @@ def about(data: bytes) -> dict[str, Any]:
     return json.loads(line)
 
 
+def to_onnx(network: nn.Module, variables: Mapping[str, Any], shape: Sequence[int | None]) -> bytes:
+    """A network at inference as an ONNX model with its variables inside, of one input "x" in float32.
+
+    Needs the package ``jax2onnx`` (the extra ``onnx``), which converts convolutions along one axis or two.
+
+    Args:
+      network, variables: as for :func:`to_plain`, or what it returned.
+      shape: of the input, [batch, *space, channels]; batch None: any.
+
+    Raises:
+      ImportError: jax2onnx is not installed.
+      ValueError: as :func:`to_plain`; what jax2onnx cannot convert, such as convolutions in space (:func:`to_stablehlo` can),
+        or what computes in another type than float32, which few ONNX runtimes do.
+    """
+    try:
+        import jax2onnx
+        import onnx_ir
+    except ImportError as error:
+        raise ImportError(f'to_onnx needs jax2onnx ({error}): pip install "pdo_jax[onnx]"') from error
+    plain, variables = to_plain(network, variables, shape)
+    name, x = type(plain.network).__name__, jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
+    program = jax.make_jaxpr(functools.partial(plain.apply, variables))(x)
+    if halves := {v.aval.dtype.name for v in jax.tree.leaves([eqn.outvars for eqn in program.eqns])} & {"bfloat16", "float16"}:
+        raise ValueError(f"{name} computes in {halves.pop()}; give it in float32: network.clone(dtype=jnp.float32)")
+    try:
+        model = jax2onnx.to_onnx(functools.partial(plain.apply, variables), [("batch" if shape[0] is None else shape[0],
+                                 *shape[1:])], model_name=name, input_names=["x"], return_mode="ir")
+    except (NotImplementedError, TypeError, jax.errors.InconclusiveDimensionOperation) as error:
+        raise ValueError(f"jax2onnx cannot convert {name} for inputs {tuple(shape)}: {error}; to_stablehlo takes any network, "
+                         "and a batch given as a number more of them") from error
+    for value in (value for node in model.graph for value in node.outputs if value.type is None):
+        value.shape = None  # which the file could not hold without a type, as a warning would say of each
+    return onnx_ir.to_proto(model).SerializeToString()
+
+
 _MARK = b"\npdo_jax.export "
 
 
@@ -199,8 +234,10 @@ def _inference(network):
 
 
 def _folds(context):
-    return context.method_name == "__call__" and type(context.module).__call__ in (
-        LiftingConv.__call__, GroupConv.__call__, PDOConv.__call__, GroupBatchNorm.__call__)
+    layer = context.module
+    return context.method_name == "__call__" and type(layer).__call__ in (
+        LiftingConv.__call__, GroupConv.__call__, PDOConv.__call__, GroupBatchNorm.__call__) and not (
+        getattr(layer, "transpose", False) or getattr(layer, "feature_group_count", 1) > 1)
 
 
 def _norm_input(layer, x, train=None):
@@ -295,24 +332,31 @@ def _run(way, call, args, kwargs, context):
 def _convolution(way, layer, x):
     coefficients, group = layer.coefficients(), layer.in_rep.group if isinstance(layer, PDOConv) else layer.group
     lifted = x.ndim > group.dim + 2
-    x, strides, padding = conv.prepare(layer, x if lifted else x[..., None], group.dim)
+    x = x if lifted else x[..., None]
     kernel, bias = (layer.get_variable("params", name) for name in ("kernel", "bias"))
-    shape = (layer.kernel_size,) * group.dim + (x.shape[-2] * x.shape[-1],)
+    shape = coefficients.stencils.shape[1:] + (x.shape[-2] * x.shape[-1],)
     if kernel is None or kernel.shape[:-1] != shape:
         raise ValueError(f"{_name(layer)} takes a plain kernel, of shape {shape} before its last axis, got "
                          f"{kernel if kernel is None else kernel.shape}: give the variables that to_plain returned")
     symmetry = {} if isinstance(layer, PDOConv) else conv.symmetry(group, coefficients.bank, lifted)
     kernel = kernel.reshape(*kernel.shape[:-2], *x.shape[-2:], layer.features, -1)
-    y = lowering.convolve(x, kernel, coefficients.stencils, coefficients.indices, strides=strides, padding=padding,
-                          coefficients=_Parts(coefficients), lowering=way, **symmetry)
-    return y + bias.reshape(layer.features, -1).astype(x.dtype)
+    y = conv.convolve(layer, x, kernel, _Parts(coefficients), way, **symmetry)
+    return y + bias.reshape(layer.features, -1).astype(y.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Parts(lowering.Given):
     """The coefficients of the operators in a plain kernel [k, …, k, channels, components, features, out components]."""
 
-    layer: Callable
+    layer: Any
+
+    @property
+    def stencils(self):
+        return self.layer.stencils
+
+    @property
+    def indices(self):
+        return self.layer.indices
 
     def __call__(self, kernel, wanted=None):
         inverse = self._inverse(kernel.dtype)
@@ -325,8 +369,8 @@ class _Parts(lowering.Given):
         return jnp.tensordot(inverse.T, c, 1).reshape(shape)
 
     def _inverse(self, dtype):
-        stencils = self.layer.stencils
-        return jnp.asarray(np.linalg.pinv(stencils.reshape(len(stencils), -1)).T, dtype)  # of stencils that are independent
+        flat = self.stencils.reshape(len(self.stencils), -1)
+        return jnp.asarray(np.linalg.pinv(flat).T, dtype)  # of stencils that are independent
 
     def kernel(self, kernel):
         return kernel.reshape(*kernel.shape[:-4], kernel.shape[-4] * kernel.shape[-3], -1)

@@ -12,6 +12,7 @@ element C). An extra frame F turns the base polynomials before the group acts: A
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from numbers import Integral
 
 import jax
@@ -57,8 +58,9 @@ class Bank:
         return math.sqrt((2 if rectified else 1) / (fan_in * self.energy(rectified).mean()))
 
 
-def bank(group: Group, kernel_size: int = 5, basis: str | int = "paper", scheme: stencils.Scheme = stencils.central_difference,
-         frame: ArrayLike = 0.0) -> Bank:
+def bank(group: Group, kernel_size: int | Sequence[int] = 5, basis: str | int = "paper",
+         scheme: stencils.Scheme = stencils.central_difference, frame: ArrayLike = 0.0,
+         spacing: Sequence[float] | None = None) -> Bank:
     """The operator bank of a group.
 
     Where the base operators span all kernels of a smaller box (the paper's nine: 3×3), the parameters w are those pixels,
@@ -72,22 +74,22 @@ def bank(group: Group, kernel_size: int = 5, basis: str | int = "paper", scheme:
 
     Args:
       group: the group S.
-      kernel_size: odd number of points along each axis.
-      basis: "paper" (at most 2 derivatives along an axis, kernel_size - 1 in all) or an int (all operators up to it).
+      kernel_size: odd number of points along each axis, one for all or one each.
+      basis: "paper" (at most 2 derivatives along an axis, the least kernel_size - 1 in all) or an int (all operators up to it).
       scheme: the discretisation, a function of pdo_jax.stencils or one like them.
       frame: an angle in radians (in the plane) or an orthogonal matrix.
+      spacing: of the grid, for each axis, by default 1.
 
     Raises:
       ValueError: an even or too small size, an unknown basis, a frame that does not fit the group's dimension.
     """
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, Integral) or kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be an odd positive int, got {kernel_size!r}")
     if basis != "paper" and (isinstance(basis, bool) or not isinstance(basis, Integral) or basis < 0):
         raise ValueError(f'basis must be "paper" or an int >= 0 (all operators up to that order), got {basis!r}')
     if not isinstance(group, Group):
         raise ValueError(f"group must be a Group, such as pdo_jax.groups.cyclic(8), got {group!r}")
     frame = tuple(map(tuple, frame_matrix(frame, group.dim).tolist()))
-    return _bank(group, int(kernel_size), basis if basis == "paper" else int(basis), stencils.same(scheme), frame)
+    sizes, spacing = stencils.axes_of("kernel_size", kernel_size, group.dim), None if spacing is None else tuple(spacing)
+    return _bank(group, sizes, basis if basis == "paper" else int(basis), stencils.same(scheme), frame, spacing)
 
 
 def frame_matrix(frame: ArrayLike, dim: int) -> np.ndarray:
@@ -110,12 +112,12 @@ def frame_matrix(frame: ArrayLike, dim: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=128)
-def _bank(group, kernel_size, basis, scheme, frame):
+def _bank(group, sizes, basis, scheme, frame, spacing):
     dim = group.dim
-    base = operators.paper_basis(dim, kernel_size) if basis == "paper" else operators.multi_indices(dim, basis)
+    base = operators.paper_basis(dim, min(sizes)) if basis == "paper" else operators.multi_indices(dim, basis)
     order = max(map(sum, base))
     indices = operators.multi_indices(dim, order)
-    grids = stencils.bank(indices, kernel_size, scheme)
+    grids = stencils.bank(indices, sizes, scheme, spacing)
     rows = [indices.index(a) for a in base]
     action = operators.action(group.elements @ np.array(frame), order)[:, rows]  # [order, base, n]
     turned = _coordinates(grids[rows], action @ grids.reshape(len(indices), -1)) @ action

@@ -31,7 +31,8 @@ class MnistRotNet(Framed):
         orientations, without bias; not invariant).
       dropout: rate after layers 1, 3, 4, 5 and 6.
       activation: a function of the values, one by one.
-      The others as for :class:`pdo_jax.LiftingConv`; ``axis_name`` as for :class:`pdo_jax.GroupBatchNorm`.
+
+    The others as for :class:`pdo_jax.LiftingConv`; ``axis_name`` as for :class:`pdo_jax.GroupBatchNorm`.
 
     Shapes: [batch, 28, 28, channels] -> [batch, num_classes] float32.
     """
@@ -86,7 +87,8 @@ class ResNet(Framed):
       blocks: blocks in each stage.
       downsample: "stride" (the paper's) or "pool" (a 2×2 mean, which keeps quarter turns exact on even grids).
       invariant: whether the head averages over the group.
-      The others as for :class:`pdo_jax.LiftingConv`; ``axis_name`` as for :class:`pdo_jax.GroupBatchNorm`.
+
+    The others as for :class:`pdo_jax.LiftingConv`; ``axis_name`` as for :class:`pdo_jax.GroupBatchNorm`.
 
     Shapes: [batch, *space, channels] -> [batch, num_classes] float32.
     """
@@ -149,7 +151,8 @@ class UNet(Framed):
       pool: ``max_pool``, ``mean_pool`` or ``blur_pool``.
       activation: a function of the values, one by one.
       remat: keep the inputs of the levels alone in training, and compute the rest again: less memory, more time.
-      The others as for :class:`pdo_jax.LiftingConv`; ``axis_name`` as for :class:`pdo_jax.GroupBatchNorm`.
+
+    The others as for :class:`pdo_jax.LiftingConv`; ``axis_name`` as for :class:`pdo_jax.GroupBatchNorm`.
 
     Shapes: [batch, *space, channels], or with ``in_rep`` [batch, *space, channels, in_rep.dim], -> float32
     [batch, *space, out], or [batch, *space, 1, out.dim].

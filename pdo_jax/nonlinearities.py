@@ -45,7 +45,8 @@ class FieldBatchNorm(nn.Module):
 
     Attributes:
       rep: an orthogonal representation.
-      The others as for ``GroupBatchNorm``.
+
+    The others as for ``GroupBatchNorm``.
 
     Shapes: [batch, *space, channels, rep.dim] -> the same.
 

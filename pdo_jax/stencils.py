@@ -22,28 +22,53 @@ import numpy as np
 Scheme = Callable[[tuple[int, ...], int], np.ndarray]
 
 
-def bank(alphas: Iterable[Sequence[int]], size: int, scheme: Scheme) -> np.ndarray:
+def bank(alphas: Iterable[Sequence[int]], size: int | Sequence[int], scheme: Scheme,
+         spacing: Sequence[float] | None = None) -> np.ndarray:
     """Stacks the stencils of several derivatives: a read-only float64 array [len(alphas), size, ..., size].
 
     Plain `central_difference` is taken with the accuracy that the size has room for beside the highest derivative along an
     axis: O(h^2) for order 4 on 5 points, O(h^4) for order 2 there or order 4 on 7; a partial that names one keeps it.
 
-    Raises ValueError for no alphas or alphas of several lengths, and for a scheme that returns another shape or NaN.
+    A size for each axis gives tensor products of the scheme's stencils of one axis. With a `spacing` for each axis weights are
+    divided by prod_i spacing[i]^alpha[i]: derivatives per unit of length, not per point.
 
-    >>> bank([(1,), (2,)], 3, central_difference)
-    array([[-0.5,  0. ,  0.5],
-           [ 1. , -2. ,  1. ]])
+    Raises ValueError for no alphas or alphas of several lengths, a bad spacing, and a scheme that returns another shape or NaN.
+
+    >>> bank([(1,), (2,)], 3, central_difference, spacing=[0.5])
+    array([[-1.,  0.,  1.],
+           [ 4., -8.,  4.]])
     """
-    alphas, size = [_checked(alpha, size)[0] for alpha in alphas], int(size)
-    if scheme is central_difference and alphas:  # all that the size has room for: 2 for order 4 on 5 points, as in the paper
-        scheme = functools.partial(scheme, accuracy=max(2, size + 1 - 2 * ((max(map(max, alphas)) + 1) // 2)))
+    alphas = [tuple(alpha) for alpha in alphas]
     if len({len(alpha) for alpha in alphas}) != 1:
         raise ValueError(f"bank: expected one or more multi-indices of one length, got {alphas}")
-    stencils = [np.asarray(scheme(alpha, size), np.float64) for alpha in alphas]
-    for alpha, w in zip(alphas, stencils, strict=True):
+    dim, most = len(alphas[0]), max(map(max, alphas))
+    sizes, spacing = axes_of("size", size, dim), (1.0,) * dim if spacing is None else tuple(spacing)
+    if len(spacing) != dim or not all(_is_a(Real, h) and 0 < h < math.inf for h in spacing):
+        raise ValueError(f"spacing must be a number > 0 for each of {dim} axes, got {spacing!r}")
+
+    def weights(alpha, size):
+        best = scheme
+        if scheme is central_difference:  # all that the size has room for: 2 for order 4 on 5 points, as in the paper
+            best = functools.partial(scheme, accuracy=max(2, size + 1 - 2 * ((most + 1) // 2)))
+        w = np.asarray(best(alpha, size), np.float64)
         if w.shape != (size,) * len(alpha) or not np.isfinite(w).all():
             raise ValueError(f"bank: {alpha=}, {size=} need finite weights [{size}]*{len(alpha)}; the scheme gave {w}")
-    return _frozen(np.stack(stencils))
+        return w
+
+    def stencil(alpha):
+        w = weights(alpha, sizes[0]) if len(set(sizes)) == 1 else _tensor_product(
+            weights((d,), n) for d, n in zip(alpha, sizes, strict=True))
+        return w / math.prod(h**d for h, d in zip(spacing, alpha, strict=True))
+
+    return _frozen(np.stack([stencil(alpha) for alpha in alphas]))
+
+
+def axes_of(what: str, size: int | Sequence[int], dim: int) -> tuple[int, ...]:
+    """A number of points for each axis, from one for all or one each. Raises ValueError unless they are odd and positive."""
+    sizes = tuple(size) if isinstance(size, Sequence) else (size,) * dim
+    if len(sizes) != dim or not all(_is_a(Integral, n) and n > 0 and n % 2 for n in sizes):
+        raise ValueError(f"{what} must be an odd positive int, or one for each of {dim} axes, got {size!r}")
+    return tuple(map(int, sizes))
 
 
 @functools.lru_cache(maxsize=128)

@@ -81,6 +81,11 @@ def items(dim, batch=2, dtype=jnp.float32):
             }
         if way != "fourier":
             made[f"PDOConv {way}"] = lambda o=options: module(pdo.PDOConv(2, vector, mixed, **o), field(dim))
+    made["GroupConv in parts, dilated"] = lambda: module(pdo.GroupConv(
+        4, group, kernel_size=3, kernel_dilation=2, padding="EDGE", feature_group_count=2, spacing=(1, 1, 2.5)[-dim:]), field())
+    made["GroupConv transposed"] = lambda: module(pdo.GroupConv(3, group, kernel_size=3, strides=2, transpose=True), field())
+    made["PDOConv transposed"] = lambda: module(pdo.PDOConv(
+        2, vector, mixed, kernel_size=3, strides=2, padding="REFLECT", transpose=True), field(dim))
     if dim == 2:
         made["max_pool, tiling"] = lambda: Item(lambda _, x: pdo.max_pool(x, group), {}, apart(field()[:, :, :4]))
         made["network"] = lambda: module(Network(group, "auto"), field(None), True)

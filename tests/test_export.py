@@ -1,6 +1,7 @@
 """Export: folded networks compute what the network computes, as plain convolutions and as programs for every platform."""
 
 import functools
+import sys
 from collections.abc import Callable
 
 import jax
@@ -14,8 +15,8 @@ from quick import jit
 
 import pdo_jax as pdo
 from pdo_jax import fields, groups, nonlinearities
-from pdo_jax.export import about, from_stablehlo, to_plain, to_stablehlo
-from pdo_jax.networks import PAPER, MnistRotNet, ResNet
+from pdo_jax.export import about, from_stablehlo, to_onnx, to_plain, to_stablehlo
+from pdo_jax.networks import PAPER, MnistRotNet, ResNet, UNet
 
 P4, P8, LINE, ROCK = groups.cyclic(4), groups.cyclic(8), groups.reflection(1), groups.tetrahedral()
 REGULAR, VECTOR = fields.regular(P4), fields.standard(P4)
@@ -50,7 +51,7 @@ def line(x, train):
     for layer, padding in enumerate(["CIRCULAR", "VALID", ((1, 2),), 0]):
         conv = pdo.GroupConv if layer else pdo.LiftingConv
         x = conv(2, LINE, strides=1 + layer % 2, padding=padding, use_bias=True, basis=2)(x)
-        x = nn.relu(pdo.GroupBatchNorm(LINE)(x, train=train))
+        x = nn.silu(pdo.GroupBatchNorm(LINE)(x, train=train))
     return x
 
 
@@ -107,12 +108,13 @@ NETWORKS = {  # name: network, shape of the input, convolutions, norms that are 
         pdo.GroupBatchNorm(P4, use_running_average=True)]), (2, 6, 6, 1), 2, 1),
 }
 each_network = pytest.mark.parametrize("name", NETWORKS)
+ONNX = {"p6": (PAPER["p6"](blocks=1), (2, 32, 32, 3)), "unet": (UNet(P4, widths=(2, 3), out=2), (2, 9, 8, 1))}
 
 
 @functools.cache
 def trained(name, **fields):
     """(network, input, variables that are not the initial ones, as after training)."""
-    network, shape = NETWORKS[name][:2]
+    network, shape = (NETWORKS | ONNX)[name][:2]
     network, random = network.clone(**fields), np.random.default_rng(1)
     x = random.normal(size=shape).astype(np.float32)
 
@@ -125,7 +127,7 @@ def trained(name, **fields):
 
 
 def infer(network, variables, x):
-    takes_train = isinstance(network, Net | MnistRotNet | ResNet)
+    takes_train = isinstance(network, Net | MnistRotNet | ResNet | UNet)
     return jit(lambda variables, x: network.apply(variables, x, **{"train": False} if takes_train else {}))(variables, x)
 
 
@@ -312,6 +314,41 @@ def test_a_file_of_another_calling_convention(monkeypatch):
     monkeypatch.setattr(jax.export, "maximum_supported_calling_convention_version", 99)
     with pytest.raises(ValueError, match=r"calling convention \d+; jax .* reads 98 to 99: write it again"):
         from_stablehlo(data)
+
+
+# ONNX, where the extra of this name is installed.
+
+
+def in_onnxruntime(data):
+    """The function of a batch in an ONNX model; first result only."""
+    session = pytest.importorskip("onnxruntime", reason="needs the extra onnx").InferenceSession(data)
+    return lambda x: session.run(None, {"x": x})[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the converter's own
+@pytest.mark.parametrize("name", ["mnist, invariant", "mnist, paper", "p6", "unet", "steerable", "line", "resnet, pool"])
+def test_onnx(name):
+    """onnxruntime gives the network's outputs, from one file for every batch."""
+    pytest.importorskip("jax2onnx", reason="needs the extra onnx")
+    network, x, variables = trained(name)
+    function = in_onnxruntime(to_onnx(*to_plain(network, variables, x.shape), (None, *x.shape[1:])))
+    for batch in (1, 2):
+        assert_close(function(x[:batch]), infer(network, variables, x[:batch]))
+
+
+def test_errors_of_onnx(monkeypatch):
+    """What the converter lacks, a type that few runtimes have, and the package that is missing, with the remedy."""
+    network, x, variables = trained("rock")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "jax2onnx", None)
+        with pytest.raises(ImportError, match=r'needs jax2onnx.*pip install "pdo_jax\[onnx\]"'):
+            to_onnx(network, variables, x.shape)
+    pytest.importorskip("jax2onnx", reason="needs the extra onnx")
+    with pytest.raises(ValueError, match="cannot convert Net for inputs .*to_stablehlo"):
+        to_onnx(network, variables, x.shape)
+    network, x, variables = trained("mnist, paper", dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="computes in bfloat16.*clone"):
+        to_onnx(network, variables, x.shape)
 
 
 @pytest.mark.parametrize("name", ["mnist, invariant", "resnet, stride"])

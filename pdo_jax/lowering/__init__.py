@@ -97,6 +97,7 @@ class Layer:
     indices: tuple[tuple[int, ...], ...]
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
     fold: Fold | None
     turn: Turn | None
     frozen_span: tuple[Any, ...] | None
@@ -105,16 +106,24 @@ class Layer:
     weight_dtype: Any
 
     @functools.cached_property
-    def stencils(self) -> np.ndarray:
+    def points(self) -> np.ndarray:
+        """[operators, k, …, k]: the stencils before they are spread by the dilation."""
         return thawed(self.frozen_stencils)
+
+    @functools.cached_property
+    def stencils(self) -> np.ndarray:
+        spread = np.zeros((len(self.points), *((k - 1) * d + 1 for k, d in zip(
+            self.points.shape[1:], self.dilation, strict=True))))
+        spread[(slice(None), *(slice(None, None, d) for d in self.dilation))] = self.points
+        return spread
 
     @functools.cached_property
     def span(self) -> np.ndarray | None:
         return self.frozen_span and thawed(self.frozen_span)
 
     @property
-    def size(self) -> int:
-        return self.stencils.shape[1]
+    def size(self) -> tuple[int, ...]:
+        return self.stencils.shape[1:]
 
     @property
     def space(self) -> tuple[int, ...]:
@@ -134,7 +143,7 @@ class Layer:
         """[k, …, k, channels · components, features · out components]"""
         if hasattr(self.coefficients, "kernel"):
             return self.coefficients.kernel(w)
-        return expand(self.coefficients(w), self.stencils)
+        return expand(self.coefficients(w), self.points)
 
     def pull_back(self, c: jax.Array, wanted: tuple[int, ...] | None = None) -> jax.Array:
         """The adjoint of the coefficients."""
@@ -146,16 +155,17 @@ class Layer:
             return self.coefficients.kernel_transpose(kernel, self.weights).astype(self.weight_dtype)
         kernel = kernel.reshape(*kernel.shape[:-2], *self.inputs, *self.outputs).astype(jnp.float32)
         space = tuple(range(len(self.strides)))
-        stencils = jnp.asarray(np.moveaxis(self.stencils, 0, -1), kernel.dtype)
+        stencils = jnp.asarray(np.moveaxis(self.points, 0, -1), kernel.dtype)
         return self.pull_back(jnp.tensordot(stencils, kernel, (space, space)))
 
 
 def convolve(x: jax.Array, w: jax.Array, stencils: np.ndarray, indices: Sequence[tuple[int, ...]], *, strides: Sequence[int],
-             padding: Sequence[tuple[int, int]], coefficients: Any = None, lowering: str = "auto", fold: Fold | None = None,
-             turn: Turn | None = None, span: np.ndarray | None = None, dtype: DTypeLike | None = None) -> jax.Array:
+             padding: Sequence[tuple[int, int]], dilation: Sequence[int] | None = None, coefficients: Any = None,
+             lowering: str = "auto", fold: Fold | None = None, turn: Turn | None = None, span: np.ndarray | None = None,
+             dtype: DTypeLike | None = None) -> jax.Array:
     """Applies a PDO-eConv.
 
-    y[b, X, o, A] = Σ_n Σ_{i, C} coefficients[n, i, C, o, A] Σ_K stencils[n, K] x[b, strides · X + K - padding, i, C].
+    y[b, X, o, A] = Σ_n Σ_{i, C} coefficients[n, i, C, o, A] Σ_K stencils[n, K] x[b, strides X + dilation K - padding, i, C].
 
     Args:
       x: [batch, *space, channels, components].
@@ -164,6 +174,7 @@ def convolve(x: jax.Array, w: jax.Array, stencils: np.ndarray, indices: Sequence
       indices: the multi-index of each operator.
       strides: an int for each axis of space.
       padding: (before, after) zeros for each axis of space.
+      dilation: points from one of a stencil to the next, an int for each axis, by default 1.
       coefficients: what makes the coefficients of w, as :class:`Given` (the default) does, and is hashable.
       lowering: one of :data:`LOWERINGS`.
       fold: pairs of components, if the layer is equivariant to the point reflection.
@@ -178,11 +189,13 @@ def convolve(x: jax.Array, w: jax.Array, stencils: np.ndarray, indices: Sequence
     Raises:
       ValueError: a kernel larger than the padded input, an unknown lowering, or "fourier" for a layer without a ``turn``.
     """
-    check_fit(stencils.shape[1], x.shape[1:-2], padding)
-    check_lowering(lowering, turn)
     span = None if span is None else frozen(span)
     layer = Layer(coefficients or GIVEN, frozen(stencils), tuple(indices), tuple(strides), tuple(map(tuple, padding)),
-                  fold, turn, span, x.shape[1:], w.shape, w.dtype)
+                  tuple(dilation or (1,) * len(strides)), fold, turn, span, x.shape[1:], w.shape, w.dtype)
+    if any(n + sum(p) < k for n, p, k in zip(layer.space, layer.padding, layer.size, strict=True)):
+        size = layer.size[0] if len(set(layer.size)) == 1 else layer.size
+        raise ValueError(f"a kernel of size {size} does not fit an input of shape {layer.space} padded by {layer.padding}")
+    check_lowering(lowering, turn)
     x = x.astype(dtype or x.dtype)
     if is_portable():
         return Dense(layer).output(x, w)
@@ -195,12 +208,6 @@ def check_lowering(lowering: str, turn: Turn | None) -> None:
         raise ValueError(f"lowering must be one of {LOWERINGS}, got {lowering!r}")
     if lowering == "fourier" and not turn:
         raise ValueError('lowering "fourier" needs an orbit layer of a group of the plane; use "matmul", "dense" or "auto"')
-
-
-def check_fit(size: int, space: Sequence[int], padding: Sequence[tuple[int, int]]) -> None:
-    """ValueError for a kernel that is larger than the padded input."""
-    if any(s + sum(p) < size for s, p in zip(space, padding, strict=True)):
-        raise ValueError(f"a kernel of size {size} does not fit an input of shape {space} padded by {padding}")
 
 
 @functools.lru_cache(maxsize=512)

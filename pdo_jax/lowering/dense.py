@@ -1,6 +1,5 @@
 """The "dense" lowering: expands the kernel and calls XLA's convolution, in any dimension."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,12 +7,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pdo_jax.lowering.layout import around, replicated
-
-
-def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> jax.Array:
-    """[batch, *space, channels, components] and [k, …, k, channels · components, n] -> [batch, *space', n]."""
-    return jax.lax.conv_general_dilated(_flat(x), kernel.astype(x.dtype), strides, padding,
-                                        dimension_numbers=_numbers(len(strides)))
 
 
 def expand(coefficients: jax.Array, stencils: ArrayLike) -> jax.Array:
@@ -28,7 +21,9 @@ class Dense:
         self.layer, self.dim = layer, len(layer.strides)
 
     def output(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        y = convolve(x, self.layer.kernel(w), self.layer.strides, self.layer.padding)
+        layer, kernel = self.layer, self.layer.kernel(w).astype(x.dtype)
+        y = jax.lax.conv_general_dilated(_flat(x), kernel, layer.strides, layer.padding, rhs_dilation=layer.dilation,
+                                         dimension_numbers=_numbers(self.dim))
         return y.reshape(*y.shape[:-1], *self.layer.outputs)
 
     def input(self, w: jax.Array, g: jax.Array) -> jax.Array:
@@ -36,17 +31,17 @@ class Dense:
         kernel = jnp.flip(layer.kernel(w), range(dim)).swapaxes(-1, -2).astype(g.dtype)
         edges = around(layer.size, layer.space, g.shape[1:-2], layer.padding, layer.strides)
         x = jax.lax.conv_general_dilated(_flat(g), kernel, [1] * dim, edges, lhs_dilation=layer.strides,
-                                         dimension_numbers=_numbers(dim))
+                                         rhs_dilation=layer.dilation, dimension_numbers=_numbers(dim))
         return x.reshape(*x.shape[:-1], *layer.inputs)
 
     def weight(self, x: jax.Array, g: jax.Array) -> jax.Array:
         """The correlation of x with g, summed over the batch, which takes the place of the channels."""
         layer, dim = self.layer, self.dim
-        padding = [(low, layer.size + (out - 1) * s - n - low)
-                   for n, out, s, (low, _) in zip(layer.space, g.shape[1:-2], layer.strides, layer.padding, strict=True)]
+        padding = [(low, k + (out - 1) * s - n - low) for k, n, out, s, (low, _) in zip(
+            layer.size, layer.space, g.shape[1:-2], layer.strides, layer.padding, strict=True)]
         by_batch = (dim + 1, 0, *range(1, dim + 1))
         numbers = jax.lax.ConvDimensionNumbers(by_batch, by_batch, (dim, dim + 1, *range(dim)))
-        kernel = jax.lax.conv_general_dilated(_flat(x), _flat(g), [1] * dim, padding, rhs_dilation=layer.strides,
+        kernel = jax.lax.conv_general_dilated(_flat(x), _flat(g), layer.dilation, padding, rhs_dilation=layer.strides,
                                               dimension_numbers=numbers, **replicated(x, [0]))
         return layer.pull_back_kernel(kernel)
 

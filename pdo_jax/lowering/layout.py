@@ -170,8 +170,8 @@ def taps(x: jax.Array, stencil: np.ndarray, axis: int, strides: Sequence[int], *
     return functools.reduce(jax.lax.add, [v if w == 1 else jax.lax.mul(v, w) for v, w in weighted])
 
 
-def around(size: int, space: Sequence[int], outputs: Sequence[int], padding: Sequence[tuple[int, int]],
+def around(sizes: Sequence[int], space: Sequence[int], outputs: Sequence[int], padding: Sequence[tuple[int, int]],
            strides: Sequence[int]) -> list[tuple[int, int]]:
-    """The (before, after) zeros of the adjoint of a correlation with a kernel of ``size`` points along each axis."""
-    return [(size - 1 - low, n + low - (out - 1) * s - 1)
-            for n, out, (low, _), s in zip(space, outputs, padding, strides, strict=True)]
+    """The (before, after) zeros of the adjoint of a correlation with a kernel of so many points along each axis."""
+    return [(k - 1 - low, n + low - (out - 1) * s - 1)
+            for k, n, out, (low, _), s in zip(sizes, space, outputs, padding, strides, strict=True)]

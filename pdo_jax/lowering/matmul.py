@@ -67,7 +67,7 @@ class Matmul:
     def output(self, x: jax.Array, w: jax.Array) -> jax.Array:
         parts, kernels, dtype = self._parts(x), self._kernels(w), x.dtype
         parts = [pad(p, self.padding, [1] * len(self.strides)) for p in parts]
-        space = [(n - self.size) // s + 1 for n, s in zip(parts[0].shape[1:-1], self.strides, strict=True)]
+        space = [(n - k) // s + 1 for n, k, s in zip(parts[0].shape[1:-1], self.size, self.strides, strict=True)]
         outputs = math.prod(kernels[0].shape[1:3])
         on_input, on_output = self.sides(dtype.itemsize * len(parts[0]) * math.prod(space),
                                          4 * outputs * math.prod(parts[0].shape[1:-1]))
