@@ -12,7 +12,7 @@ import pdo_jax
 
 FOLDER = Path(pdo_jax.__file__).parent
 FLOORS = [  # from the ground up; within a floor a module may use those before it
-    ["_version", "groups", "fields", "operators", "stencils"],
+    ["_version", "groups", "operators", "fields", "stencils"],
     ["kernels", "steerable"],
     ["lowering.compiler", "lowering.bilinear", "lowering.layout", "lowering.channels", "lowering.dense", "lowering.matmul",
      "lowering.fourier", "lowering"],
