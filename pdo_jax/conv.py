@@ -20,17 +20,22 @@ from pdo_jax.lowering.layout import extended, merge, split, take
 Padding = str | int | Sequence[int | tuple[int, int]]
 
 
-class Framed(nn.Module):
-    """A module with a frame: a matrix is kept as nested tuples, by which modules can be compared and hashed."""
+class Frozen(nn.Module):
+    """A module that keeps lists and arrays, such as a frame, as tuples, so that modules can be compared and hashed."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.frame, np.ndarray | jax.Array | list):
-            object.__setattr__(self, "frame", tuple(map(tuple, np.asarray(self.frame, np.float64).tolist())) if np.ndim(
-                self.frame) == 2 else float(np.asarray(self.frame)))
+        for name, value in list(vars(self).items()):
+            if isinstance(value, np.ndarray | jax.Array | list):
+                object.__setattr__(self, name, _tuples(value))
         super().__post_init__()
 
 
-class _OrbitConv(Framed):
+def _tuples(value):
+    value = value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+class _OrbitConv(Frozen):
     """What lifting and group convolution share: parameters, kernel, lowering."""
 
     features: int
@@ -159,7 +164,7 @@ class GroupConv(_OrbitConv):
         return self._convolve(x, lifted=True)
 
 
-class PDOConv(nn.Module):
+class PDOConv(Frozen):
     """A learned equivariant operator between fields of any two representations of a group.
 
     y = Σ_k w_k H_k(∇) x, where the H_k are all solutions of ρ_out(A) H(A^{-1}∇) ρ_in(A)^{-1} = H up to an order

@@ -24,8 +24,10 @@ from pdo_jax import fields, groups, nonlinearities
 
 P4, LINE, FLIP = groups.cyclic(4), groups.reflection(1), groups.reflection(2)
 REGULAR, VECTOR = fields.regular(P4), fields.standard(P4)
+VALUES = fields.determinant(LINE)
 MIXED = fields.direct_sum([fields.trivial(P4), VECTOR])
 GATED = nonlinearities.GatedNonlinearity(VECTOR)
+WIDE = dict(kernel_size=(3, 5), kernel_dilation=(3, 1), padding="VALID", feature_group_count=2)
 SMALL = dict(group=FLIP, num_classes=3)
 MNIST, RESNET = dict(SMALL, features=1, head_features=2), dict(SMALL, widths=(1, 1, 2), blocks=1, kernel_size=3)
 
@@ -42,6 +44,8 @@ CASES = {  # the face, what it is of, an input
                   pdo.GroupConv(3, P4, 3, 2, "CIRCULAR"), normal(2, 6, 6, 2, 4)),
     "PDOConv": (functools.partial(pnn.PDOConv, 2, 3, VECTOR, MIXED, kernel_size=3),
                 pdo.PDOConv(3, VECTOR, MIXED, kernel_size=3), normal(2, 5, 5, 2, 2)),
+    "PDOConv, options": (functools.partial(pnn.PDOConv, 4, 2, VECTOR, MIXED, **WIDE), pdo.PDOConv(2, VECTOR, MIXED, **WIDE),
+                         normal(2, 7, 9, 4, 2)),
     "GroupBatchNorm": (functools.partial(pnn.GroupBatchNorm, 3, P4, momentum=0.5), pdo.GroupBatchNorm(P4, 0.5),
                        normal(4, 3, 3, 3, 4)),
     "GroupBatchNorm, scalars": (functools.partial(pnn.GroupBatchNorm, 3, P4), pdo.GroupBatchNorm(P4), normal(4, 3, 3, 3)),
@@ -54,11 +58,16 @@ CASES = {  # the face, what it is of, an input
     "MnistRotNet": (functools.partial(pnn.networks.MnistRotNet, **MNIST), pdo.networks.MnistRotNet(**MNIST),
                     normal(2, 28, 28, 1)),
     "ResNet": (functools.partial(pnn.networks.ResNet, 2, **RESNET), pdo.networks.ResNet(**RESNET), normal(2, 8, 8, 2)),
+    "UNet": (functools.partial(pnn.networks.UNet, 2, FLIP, (1, 2), 3, periodic=True, blocks=1),
+             pdo.networks.UNet(FLIP, (1, 2), 3, periodic=True, blocks=1), normal(2, 8, 6, 2)),
+    "UNet of fields": (functools.partial(pnn.networks.UNet, 2, LINE, [1, 2], VALUES, in_rep=VALUES, blocks=1),
+                       pdo.networks.UNet(LINE, (1, 2), VALUES, VALUES, blocks=1), normal(2, 7, 2, 1)),
 }
 each = pytest.mark.parametrize("name", CASES)
 TOLD = {  # those that are told whether they train, and what it changes
     "GroupBatchNorm": {"mean", "var"}, "GroupBatchNorm, scalars": {"mean", "var"}, "FieldBatchNorm": {"mean", "var", "square"},
-    "GroupDropout": {"count"}, "MnistRotNet": {"mean", "var", "count"}, "ResNet": {"mean", "var"}}
+    "GroupDropout": {"count"}, "MnistRotNet": {"mean", "var", "count"}, "ResNet": {"mean", "var"},
+    "UNet": {"mean", "var"}, "UNet of fields": {"mean", "var"}}
 
 
 def told(name, train):
@@ -149,7 +158,7 @@ def test_every_layer_and_network_has_a_face():
     public = [value for module in (pdo, pdo.nonlinearities, pdo.networks) for name, value in vars(module).items()
               if inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__.startswith("pdo_jax")
               and not name.startswith("_")]
-    assert {cls.__name__ for cls in public} - {"Framed", "Normalised"} == {cls.__name__ for cls in CLASSES}
+    assert {cls.__name__ for cls in public} - {"Frozen", "Normalised"} == {cls.__name__ for cls in CLASSES}
 
 
 # Training and the transformations of nnx.
@@ -313,6 +322,8 @@ def test_errors():
     module = nn.Sequential([pdo.GroupBatchNorm(P4, use_running_average=False)])
     with pytest.raises(ValueError, match="Sequential has batch statistics, but no argument train.*nnx.Sequential"):
         pnn.from_linen(module, module.lazy_init(jax.random.key(0), jnp.ones((1, 2, 2, 1))))
+    with pytest.raises(ValueError, match="Sequential is static in nnx.*tuples for lists"):
+        pnn.from_linen(nn.Sequential([pdo.LiftingConv(1, P4)]), {})
     face = nnx.clone(made("MnistRotNet"))
     face.deterministic = True
     with pytest.raises(ValueError, match="MnistRotNet is told by one train.*'deterministic': True.*alike"):

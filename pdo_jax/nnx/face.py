@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from flax.nnx.bridge.variables import to_linen_var, to_nnx_var
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pdo_jax.fields import Representation, group_of
@@ -58,18 +59,23 @@ class Face(Part):
                              ".eval() reach them: give its __call__ one, or put faces of its layers into nnx.Sequential")
         for name in flags:
             setattr(self, name, bool(getattr(module, name, False)))
-        self.linen = module.clone(**{name: None for name in flags if hasattr(module, name)})
+        untold: dict[str, Any] = {name: None for name in flags if hasattr(module, name)}
+        self.linen = module.clone(**untold)
+        try:
+            hash(self.linen)
+        except TypeError as error:
+            raise ValueError(f"{type(module).__name__} is static in nnx, so it needs fields with a hash: tuples for lists and "
+                             "arrays") from error
         if rngs is not None:
             self.rngs = rngs["dropout"].fork()
-        super().__init__(unflatten_dict({
-            path[1:]: nnx.variable_type_from_name(path[0], allow_register=True)(jnp.asarray(value))
-            for path, value in flatten_dict(variables).items()}))
+        arrays = flatten_dict(jax.tree.map(jnp.asarray, variables))
+        super().__init__(unflatten_dict({path[1:]: to_nnx_var(path[0], value) for path, value in arrays.items()}))
 
     def __call__(self, x: Array) -> jax.Array:
         flags = {name: vars(self)[name] for name in FLAGS if name in vars(self)}
         if len(set(flags.values())) == 2:
             raise ValueError(f"{type(self.linen).__name__} is told by one train whether it trains, got {flags}: set both alike")
-        told = {"train": False in flags.values()} if flags else {}
+        told: dict[str, Any] = {"train": False in flags.values()} if flags else {}
         keys = {"dropout": self.rngs()} if told.get("train") and "rngs" in vars(self) else {}
         variables = self.to_linen()[1]
         changing = [name for name in variables if name != "params"] if told.get("train", True) else []
@@ -92,7 +98,7 @@ class Face(Part):
     def to_linen(self) -> tuple[nn.Module, dict[str, Any]]:
         """The linen module and its variables, as ``export``, ``equivariance`` and all else of the library take them."""
         held = nnx.to_flat_state(nnx.state(self, nnx.Not(nnx.RngState)))
-        return self.linen, unflatten_dict({(nnx.variable_name_from_type(type(v)), *path): v.get_value() for path, v in held})
+        return self.linen, unflatten_dict({(nnx.variable_name_from_type(type(v)), *path): to_linen_var(v) for path, v in held})
 
 
 def from_linen(module: nn.Module, variables: Mapping[str, Any], *, rngs: nnx.Rngs | None = None) -> Face:
@@ -111,12 +117,14 @@ def from_linen(module: nn.Module, variables: Mapping[str, Any], *, rngs: nnx.Rng
 
 
 def initial(module: nn.Module, rngs: nnx.Rngs, on: Group | Representation, *channels: int,
-            points: int = 1) -> tuple[nn.Module, dict[str, Any]]:
-    """A module and its variables for inputs [1, points, …, *channels]: it is traced, not run."""
+            points: int = 0) -> tuple[nn.Module, Mapping[str, Any]]:
+    """A module and its variables for inputs [1, points, …, *channels], by default as a kernel's reach; nothing is run."""
     if any(isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1 for n in channels):
         raise ValueError(f"the features that go into {type(module).__name__} must be an int >= 1, got {channels[0]!r}")
+    points = points or 1 + (np.max(getattr(module, "kernel_size", 1)) - 1) * np.max(getattr(module, "kernel_dilation", 1))
     x = jax.ShapeDtypeStruct((1, *[points] * group_of(on).dim, *channels), jnp.float32)
-    return module, module.lazy_init(rngs.params(), x, **({"train": False} if _takes_train(module) else {}))
+    told: dict[str, Any] = {"train": False} if _takes_train(module) else {}
+    return module, module.lazy_init(rngs.params(), x, **told)
 
 
 def _takes_train(module):

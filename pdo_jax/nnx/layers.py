@@ -20,16 +20,14 @@ class LiftingConv(Face, of=conv.LiftingConv):
     """
 
     def __init__(self, in_features: int, features: int, group: Group, *, rngs: nnx.Rngs, **options: Any) -> None:
-        module = conv.LiftingConv(features, group, **options)
-        super().__init__(*initial(module, rngs, group, in_features, points=module.kernel_size))
+        super().__init__(*initial(conv.LiftingConv(features, group, **options), rngs, group, in_features))
 
 
 class GroupConv(Face, of=conv.GroupConv):
     """:class:`pdo_jax.GroupConv`: [batch, *space, in_features, group.order] -> [batch, *space, features, group.order]."""
 
     def __init__(self, in_features: int, features: int, group: Group, *, rngs: nnx.Rngs, **options: Any) -> None:
-        module = conv.GroupConv(features, group, **options)
-        super().__init__(*initial(module, rngs, group, in_features, group.order, points=module.kernel_size))
+        super().__init__(*initial(conv.GroupConv(features, group, **options), rngs, group, in_features, group.order))
 
 
 class PDOConv(Face, of=conv.PDOConv):
@@ -37,8 +35,7 @@ class PDOConv(Face, of=conv.PDOConv):
 
     def __init__(self, in_features: int, features: int, in_rep: Representation, out_rep: Representation, *, rngs: nnx.Rngs,
                  **options: Any) -> None:
-        module = conv.PDOConv(features, in_rep, out_rep, **options)
-        super().__init__(*initial(module, rngs, in_rep, in_features, in_rep.dim, points=module.kernel_size))
+        super().__init__(*initial(conv.PDOConv(features, in_rep, out_rep, **options), rngs, in_rep, in_features, in_rep.dim))
 
 
 class GroupBatchNorm(Face, of=layers.GroupBatchNorm):

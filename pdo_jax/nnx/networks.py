@@ -1,10 +1,13 @@
 """The networks of :mod:`pdo_jax.networks`; the options of each are the fields of its linen module."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
 
 from pdo_jax import networks
+from pdo_jax.fields import Representation
+from pdo_jax.groups import Group
 from pdo_jax.nnx.face import Face, from_linen, initial
 
 
@@ -21,7 +24,17 @@ class ResNet(Face, of=networks.ResNet):
 
     def __init__(self, in_features: int = 3, *, rngs: nnx.Rngs, **options: Any) -> None:
         module = networks.ResNet(**options)
-        super().__init__(*initial(module, rngs, module.group, in_features, points=32))
+        super().__init__(*initial(module, rngs, module.group, in_features, points=8))
+
+
+class UNet(Face, of=networks.UNet):
+    """:class:`pdo_jax.networks.UNet`: [batch, *space, in_features (, in_rep.dim)] -> [batch, *space, out or (1, out.dim)]."""
+
+    def __init__(self, in_features: int, group: Group, widths: Sequence[int], out: int | Representation, *, rngs: nnx.Rngs,
+                 **options: Any) -> None:
+        module = networks.UNet(group, widths, out, **options)
+        channels = (in_features, module.in_rep.dim) if module.in_rep else (in_features,)
+        super().__init__(*initial(module, rngs, group, *channels, points=module.kernel_size * 2 ** (len(widths) - 1)))
 
 
 def load_pretrained(name: str, *, rngs: nnx.Rngs | None = None) -> Face:
