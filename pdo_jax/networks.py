@@ -164,7 +164,7 @@ class UNet(Frozen):
     >>> import pdo_jax as pdo
     >>> p4m = groups.dihedral(4)
     >>> network = UNet(p4m, widths=(2, 4), out=pdo.fields.standard(p4m), in_rep=pdo.fields.determinant(p4m))
-    >>> jax.eval_shape(network.init_with_output, jax.random.key(0), jnp.zeros([1, 9, 9, 1, 1]))[0].shape  # vorticity to velocity
+    >>> jax.eval_shape(network.init_with_output, jax.random.key(0), jnp.zeros([1, 9, 9, 1, 1]))[0].shape  # a velocity
     (1, 9, 9, 1, 2)
     """
 
