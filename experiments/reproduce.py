@@ -64,6 +64,12 @@ ROWS = {
     "flow_p4m": Row("flow_p4m", (), 1, "one step of turbulence, U-Net of p4m, 16 trajectories"),
     "flow_cnn": Row("flow_cnn", (), 1, "the same by a plain U-Net"),
     "flow_cnn_augmented": Row("flow_cnn_augmented", (), 1, "the same, turned at random in training"),
+    "flow_p4m_4": Row("flow_p4m_4", (), 1, "U-Net of p4m, 4 trajectories"),
+    "flow_cnn_4": Row("flow_cnn_4", (), 1, "plain U-Net, 4 trajectories"),
+    "flow_cnn_augmented_4": Row("flow_cnn_augmented_4", (), 1, "plain U-Net, turned at random, 4 trajectories"),
+    "flow_p4m_64": Row("flow_p4m_64", (), 1, "U-Net of p4m, 64 trajectories"),
+    "flow_cnn_64": Row("flow_cnn_64", (), 1, "plain U-Net, 64 trajectories"),
+    "flow_cnn_augmented_64": Row("flow_cnn_augmented_64", (), 1, "plain U-Net, turned at random, 64 trajectories"),
     "flow_p8m": Row("flow_p8m", (), 1, "the same by a U-Net of p8m"),
 }
 """The ledger, first things first. The results of a row are the files ROW_seed0.json, ROW_seed1.json, …"""

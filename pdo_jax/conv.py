@@ -20,17 +20,22 @@ from pdo_jax.lowering.layout import extended, merge, split, take
 Padding = str | int | Sequence[int | tuple[int, int]]
 
 
-class Framed(nn.Module):
-    """A module with a frame: a matrix is kept as nested tuples, by which modules can be compared and hashed."""
+class Frozen(nn.Module):
+    """A module that keeps lists and arrays, such as a frame, as tuples, so that modules can be compared and hashed."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.frame, np.ndarray | jax.Array | list):
-            object.__setattr__(self, "frame", tuple(map(tuple, np.asarray(self.frame, np.float64).tolist())) if np.ndim(
-                self.frame) == 2 else float(np.asarray(self.frame)))
+        for name, value in list(vars(self).items()):
+            if isinstance(value, np.ndarray | jax.Array | list):
+                object.__setattr__(self, name, _tuples(value))
         super().__post_init__()
 
 
-class _OrbitConv(Framed):
+def _tuples(value):
+    value = value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+class _OrbitConv(Frozen):
     """What lifting and group convolution share: parameters, kernel, lowering."""
 
     features: int
@@ -159,7 +164,7 @@ class GroupConv(_OrbitConv):
         return self._convolve(x, lifted=True)
 
 
-class PDOConv(nn.Module):
+class PDOConv(Frozen):
     """A learned equivariant operator between fields of any two representations of a group.
 
     y = Σ_k w_k H_k(∇) x, where the H_k are all solutions of ρ_out(A) H(A^{-1}∇) ρ_in(A)^{-1} = H up to an order
@@ -213,7 +218,7 @@ class PDOConv(nn.Module):
             raise ValueError(f"a bias is equivariant only where the group permutes components, got out_rep={self.out_rep!r}")
         coefficients = self.coefficients()
         count = coefficients.count
-        fan_in = x.shape[-2] * count / self.out_rep.dim / _sharing(self, x.ndim - 3)  # each H_k has a kernel of norm 1
+        fan_in = x.shape[-2] * count / self.out_rep.dim / _sharing(self, self.in_rep.group.dim)  # the kernels have norm 1
         w = self.param("kernel", self.kernel_init or nn.initializers.normal(1 / math.sqrt(fan_in)),
                        (count, channels, features), self.param_dtype)
         return _apply(self, x, w, coefficients, self.out_rep.dim)
@@ -330,8 +335,9 @@ def convolve(module: nn.Module, x: Array, w: jax.Array, coefficients: Any, way: 
       module: whose options count; x: its input, w: parameters for the coefficients; way: the lowering.
       components: those of the output, for a transposed layer.
     """
-    sizes, space = coefficients.stencils.shape[1:], x.shape[1:-2]
-    dim = len(sizes)
+    sizes, lead = coefficients.stencils.shape[1:], x.shape[:-2 - (dim := coefficients.stencils.ndim - 1)]
+    x = x if len(lead) == 1 else x.reshape(math.prod(lead), *x.shape[len(lead):])
+    space = x.shape[1:-2]
     strides, dilation = (_per_axis(name, getattr(module, name), dim) for name in ("strides", "kernel_dilation"))
     reach = [(k - 1) * d for k, d in zip(sizes, dilation, strict=True)]
     padding, mode = _padding(module.padding, dim, reach)
@@ -358,13 +364,13 @@ def convolve(module: nn.Module, x: Array, w: jax.Array, coefficients: Any, way: 
         parts = split(x, dim + 1, groups), split(w, w.ndim - 1, groups)
         return merge(jax.vmap(each, (dim + 1, w.ndim - 1), dim + 1)(*parts), dim + 1)
 
-    x = x.astype(dtype)
+    x, back = x.astype(dtype), lambda y: y if len(lead) == 1 else y.reshape(*lead, *y.shape[1:])
     if not getattr(module, "transpose", False):
-        return forward(x)
+        return back(forward(x))
     space = [(n - 1) * s + 1 + r - sum(p) for n, s, r, p in zip(space, strides, reach, padding, strict=True)]
     if min(space) < 1:
         raise ValueError(f"{module.padding} padding leaves {space} points of a transposed convolution of {x.shape[1:1 + dim]}")
-    return jax.linear_transpose(forward, _like(x, (x.shape[0], *space, module.features, components)))(x)[0]
+    return back(jax.linear_transpose(forward, _like(x, (x.shape[0], *space, module.features, components)))(x)[0])
 
 
 def _like(x, shape):

@@ -14,7 +14,8 @@ from pdo_jax.fields import Representation, group_of
 from pdo_jax.groups import Group
 from pdo_jax.layers import GroupBatchNorm, GroupDropout
 from pdo_jax.lowering import portable
-from pdo_jax.nonlinearities import FieldBatchNorm, GatedNonlinearity, NormNonlinearity
+from pdo_jax.nonlinearities import FieldBatchNorm, FieldNorm, GatedNonlinearity, NormNonlinearity
+from pdo_jax.sampling import spherical_mask
 
 Type = Group | Representation | None
 """What an array is: a field of a group or of a representation, or None, scalars."""
@@ -173,7 +174,8 @@ def _record(fn, x):
     return calls
 
 
-_LAYERS = (LiftingConv, GroupConv, PDOConv, GroupBatchNorm, GroupDropout, FieldBatchNorm, NormNonlinearity, GatedNonlinearity)
+_LAYERS = (LiftingConv, GroupConv, PDOConv, GroupBatchNorm, GroupDropout, FieldBatchNorm, FieldNorm, NormNonlinearity,
+           GatedNonlinearity)
 
 
 def _types(layer, x):
@@ -229,15 +231,12 @@ def _act(x, kind, group, element):
 
 def _difference(found, expected, radius, dim):
     """The relative difference, within the radius of the centre of space if one is given."""
-    mask = 1.0 if radius is None else _disc(expected.shape[1:1 + dim], radius, expected.ndim)
+    mask = 1.0
+    if radius is not None:
+        mask = np.float32(spherical_mask(expected.shape[1:1 + dim], radius)).reshape(
+            1, *expected.shape[1:1 + dim], *[1] * (expected.ndim - 1 - dim))
     if found.shape != expected.shape:
         raise ValueError(f"fn gives shape {found.shape} for a turned input where {expected.shape} is right: it is bound to one "
                          "orientation of a rectangular grid")
     found, expected = (np.asarray(a.astype(jnp.float32) * mask, np.float64) for a in map(jnp.asarray, (found, expected)))
     return np.linalg.norm(found - expected) / max(np.linalg.norm(expected), np.finfo(np.float32).tiny)
-
-
-def _disc(space, radius, ndim):
-    axes = [(np.arange(s) - (s - 1) / 2) / (s / 2) for s in space]
-    distance = sum(a**2 for a in np.meshgrid(*axes, indexing="ij"))
-    return jnp.asarray((distance <= radius**2).astype(np.float32).reshape(1, *space, *[1] * (ndim - 1 - len(space))))

@@ -240,7 +240,9 @@ def _folds(context):
         getattr(layer, "transpose", False) or getattr(layer, "feature_group_count", 1) > 1)
 
 
-def _norm_input(layer, x, train=None):
+def _norm_input(layer, x, train=None, mask=None):
+    if mask is not None:
+        raise ValueError(f"{_name(layer)} is given a mask, which a folded norm does not take: export the network as it is")
     if trains(layer, "use_running_average", train):
         raise ValueError(f"{_name(layer)} takes the statistics of its batch at inference too: call it with the network's "
                          "train, or make it with use_running_average=True")

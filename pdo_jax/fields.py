@@ -8,8 +8,9 @@ regular one.
 
 import dataclasses
 import functools
-from collections.abc import Iterable
-from typing import TypeVar
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pdo_jax.groups import Array, Group, transform
+from pdo_jax.operators import action, multi_indices
 
 _Field = TypeVar("_Field", bound=Array)
 _CLOSE = 1e-6  # how far a representation may be from a homomorphism, entry by entry, relative to its largest entry
@@ -109,6 +111,17 @@ def regular(group: Group) -> Representation:
     return dataclasses.replace(quotient(group, [0]), name="regular")
 
 
+def cosets(group: Group, subgroup: Group | ArrayLike) -> np.ndarray:
+    """[cosets, |H|]: the indices of the elements of every coset AH of a subgroup, in the order of :func:`quotient`.
+
+    Raises ValueError as :func:`quotient`."""
+    members = _members(group, subgroup)
+    if not members.size or not np.isin(group.table[np.ix_(members, members)], members).all():
+        raise ValueError(f"quotient needs a subgroup of {group!r}, got elements that are not closed under its "
+                         f"multiplication: {members.tolist()}")
+    return group.table[np.unique(group.table[:, members].min(1))][:, members]
+
+
 def quotient(group: Group, subgroup: Group | ArrayLike) -> Representation:
     """Functions on the cosets AH of a subgroup H, (ρ(R) F)(AH) = F(R^{-1}AH).
 
@@ -122,14 +135,10 @@ def quotient(group: Group, subgroup: Group | ArrayLike) -> Representation:
     >>> quotient(groups.octahedral(), groups.tetrahedral()).dim
     2
     """
-    members = _members(group, subgroup)
-    if not members.size or not np.isin(group.table[np.ix_(members, members)], members).all():
-        raise ValueError(f"quotient needs a subgroup of {group!r}, got elements that are not closed under its "
-                         f"multiplication: {members.tolist()}")
-    representatives, coset = np.unique(group.table[:, members].min(1), return_inverse=True)
-    images = coset[group.table[:, representatives]]  # [R, AH] -> RAH
-    matrices = np.swapaxes(np.eye(len(representatives))[images], 1, 2)
-    return Representation(f"quotient by {len(members)} elements", group, matrices)
+    parts = cosets(group, subgroup)
+    coset = np.argsort(parts.reshape(-1)) // parts.shape[1]  # of each element
+    matrices = np.swapaxes(np.eye(len(parts))[coset[group.table[:, parts[:, 0]]]], 1, 2)  # [R, AH] -> RAH
+    return Representation(f"quotient by {parts.shape[1]} elements", group, matrices)
 
 
 def direct_sum(representations: Iterable[Representation]) -> Representation:
@@ -185,36 +194,114 @@ def irreps(group: Group) -> tuple[Representation, ...]:
     return tuple(result)
 
 
-def band_limited(group: Group, frequency: int, order: int = 4) -> Representation:
-    """Fields of the continuous groups SO(2) and O(2): their irreducible representations up to a frequency, once each.
+def decompose(rep: Representation) -> tuple[tuple[Representation, ...], np.ndarray]:
+    """Irreducible parts of a representation, and the change of basis to them: Q^{-1} ρ(A) Q = direct_sum(parts)(A).
 
-    SO(2): the trivial one and the rotations by k t, k = 1 … frequency; O(2): also the determinant. An operator between two
-    such fields is a sum of terms that turn with at most 2·frequency + order times the angle, so that what commutes with
-    more rotations than that commutes with all: the operators found for cyclic(n) are those of SO(2), and the ones for
-    dihedral(n) those of O(2), at every angle, exactly.
+    Random matrices averaged to ρ(A) X σ(A)^{-1} = X, each made orthogonal to those before, are the columns of Q. A field x of ρ
+    is ``x @ Q`` in the basis of its parts, if ρ is orthogonal, as then is Q.
+
+    Returns:
+      (parts, Q): some of :func:`irreps`, in their order and as often as they occur; Q [dim, dim] float64.
+
+    >>> from pdo_jax import groups
+    >>> parts, q = decompose(regular(groups.tetrahedral()))
+    >>> [part.dim for part in parts], np.allclose(q.T @ q, np.eye(12))
+    ([1, 2, 3, 3, 3], True)
+    """
+    root = np.eye(rep.dim) if rep.is_orthogonal else np.linalg.cholesky(
+        np.einsum("gji,gjk->ik", rep.matrices, rep.matrices) / rep.group.order).T
+    matrices, parts, q = root @ rep.matrices @ np.linalg.inv(root), [], np.zeros((rep.dim, 0))
+    random, character = np.random.default_rng(0), np.trace(rep.matrices, axis1=1, axis2=2)
+    for irrep in irreps(rep.group):
+        chi = np.trace(irrep.matrices, axis1=1, axis2=2)
+        for _ in range(round((character * chi).sum() / (chi * chi).sum())):
+            x = random.normal(size=(rep.dim, irrep.dim))
+            x = (matrices @ x @ np.swapaxes(irrep.matrices, 1, 2)).mean(0)
+            x = x - q @ (q.T @ x)
+            x = x - q @ (q.T @ x)
+            parts.append(irrep)
+            q = np.concatenate([q, x / np.linalg.norm(x[:, 0])], 1)
+    return tuple(parts), np.linalg.solve(root, q)
+
+
+def tensor_product(first: Representation, second: Representation) -> Representation:
+    """Products of the values of two fields, ``(x[..., :, None] * y[..., None, :]).reshape(*x.shape[:-1], -1)``: ρ = ρ_1 ⊗ ρ_2.
+
+    Raises ValueError if their groups differ."""
+    if first.group != second.group:
+        raise ValueError(f"tensor_product needs representations of one group, got {first!r} and {second!r}")
+    return Representation(f"({first.name}) x ({second.name})", first.group,
+                          [np.kron(a, b) for a, b in zip(first.matrices, second.matrices, strict=True)])
+
+
+def band_limited(group: Group, frequency: int, order: int = 4) -> Representation:
+    """Fields of the continuous groups SO(n) and O(n) of the plane and of space: their irreducible representations up to a
+    frequency, once each.
+
+    That of degree k acts on harmonic polynomials of degree k: in the plane it turns by k times the angle, in space it mixes the
+    2k + 1 spherical harmonics; for a group with reflections each also comes times the determinant, where that is another one.
+
+    An operator of order K between two such fields turns with a degree of at most J = 2 · frequency + K. If the group leaves no
+    harmonic polynomial of degrees 1 … J unchanged, times the determinant or not, then what commutes with it commutes with all
+    of SO(n) or O(n): the operators found are those of the continuous group, at every angle, exactly. In the plane cyclic(n) and
+    dihedral(n) do for n > J, in space the tetrahedral, octahedral and icosahedral groups for J <= 2, 3 and 5.
 
     Args:
-      group: cyclic(n) or dihedral(n), n > 2·frequency + order.
+      group: a group of the plane or of space.
       frequency: the band limit.
       order: the highest order of operators that will act on the field.
 
     Raises:
-      ValueError: the group is not one of the plane, or has too few rotations.
+      ValueError: a group of another dimension, or one that is too small.
+
+    >>> from pdo_jax import groups
+    >>> band_limited(groups.icosahedral(), 2, order=1).dim
+    9
     """
-    if group.dim != 2:
-        raise ValueError(f"band_limited needs a group of the plane, cyclic(n) or dihedral(n), got {group!r}")
+    if group.dim not in (2, 3):
+        raise ValueError(f"band_limited needs a group of the plane or of space, got {group!r}")
     if frequency < 0 or order < 0:
         raise ValueError(f"band_limited needs frequency >= 0 and order >= 0, got frequency={frequency}, order={order}")
-    sign, angle = np.linalg.det(group.elements), np.arctan2(group.elements[:, 1, 0], group.elements[:, 0, 0])
-    rotations = int((sign > 0).sum())
-    if rotations <= 2 * frequency + order:
-        raise ValueError(f"fields up to frequency {frequency} and operators up to order {order} need more than "
-                         f"{2 * frequency + order} rotations, got {rotations} in {group!r}: take a larger n")
-    parts = [trivial(group)] + ([determinant(group)] if (sign < 0).any() else [])
-    for k in range(1, frequency + 1):
-        c, s = np.cos(k * angle), np.sin(k * angle)
-        parts.append(Representation(f"frequency {k}", group, np.array([[c, -s * sign], [s, c * sign]]).transpose(2, 0, 1)))
+    sign, most = np.linalg.det(group.elements), 2 * frequency + order
+    for k in range(1, most + 1):
+        character = np.trace(harmonics(group.elements, k), axis1=1, axis2=2)
+        if max(abs(character.mean()), abs((sign * character).mean())) > 1e-6:
+            raise ValueError(f"fields up to frequency {frequency} and operators up to order {order} need a group without "
+                             f"invariants of degrees 1 to {most}, {group!r} has one of degree {k}: take a larger group (in the "
+                             f"plane more than {most} rotations), or lower frequency or order")
+    parts = []
+    for k in range(frequency + 1):
+        parts.append(Representation(f"frequency {k}", group, harmonics(group.elements, k)))
+        if (sign < 0).any() and (k == 0 or group.dim == 3):
+            parts.append(tensor_product(determinant(group), parts[-1]))
     return direct_sum(parts)
+
+
+def harmonics(matrices: ArrayLike, degree: int) -> np.ndarray:
+    """How orthogonal matrices A act on the harmonic polynomials of a degree, p -> p ∘ A^{-1}, in an orthonormal basis.
+
+    In the plane degree k > 0 turns by k times the angle; in space these are the 2k + 1 spherical harmonics of degree k.
+
+    Args:
+      matrices: [count, dim, dim].
+
+    Returns:
+      [count, d, d] float64, orthogonal.
+    """
+    matrices = np.asarray(matrices, np.float64)
+    indices = [a for a in multi_indices(matrices.shape[-1], degree) if sum(a) == degree]
+    lower = multi_indices(matrices.shape[-1], max(degree - 2, 0))
+    norms = np.sqrt([math.prod(map(math.factorial, a)) for a in indices])  # of x^α, such that turning keeps lengths
+    laplacian = np.zeros((len(lower), len(indices)))
+    for column, a in enumerate(indices):
+        for axis, power in enumerate(a):
+            if power >= 2:
+                row = lower.index((*a[:axis], power - 2, *a[axis + 1:]))
+                laplacian[row, column] += power * (power - 1) / norms[column]
+    count = len(indices) - np.linalg.matrix_rank(laplacian)
+    basis = orthonormal_range(np.eye(len(indices)) - np.linalg.pinv(laplacian) @ laplacian, count)
+    turn = action(matrices, degree)[:, -len(indices):, -len(indices):] / norms[:, None] * norms
+    return basis.T @ np.swapaxes(turn, 1, 2) @ basis
 
 
 def act(x: Array, rep: Group | Representation, element: int, *, space: bool = True) -> jax.Array:
@@ -287,7 +374,7 @@ def field_axes(what: str, x: Array, on: Group | Representation, *, scalars: bool
                orthogonal: bool = False, remedy: str = "") -> bool:
     """Whether x is a field [batch, *space, channels, d], and not one of scalars [batch, *space, channels].
 
-    A group stands for its regular representation.
+    A group stands for its regular representation. Fields may have more than one axis before space, scalars have one.
 
     Args:
       what: the name of the layer or function, for messages.
@@ -306,7 +393,7 @@ def field_axes(what: str, x: Array, on: Group | Representation, *, scalars: bool
                          f"(trivial, regular, quotient){remedy and ': ' + remedy}")
     if orthogonal and isinstance(on, Representation) and not on.is_orthogonal:
         raise ValueError(f"{what} measures lengths, which {on!r} does not keep: change its basis to make it orthogonal")
-    if x.ndim == group.dim + 3 and x.shape[-1] == size:
+    if x.ndim >= group.dim + 3 and x.shape[-1] == size:
         return True
     if scalars and x.ndim == group.dim + 2:
         return False
@@ -314,6 +401,17 @@ def field_axes(what: str, x: Array, on: Group | Representation, *, scalars: bool
     hint = f": {remedy}" if remedy and not permuted and x.ndim == group.dim + 2 else ""
     raise ValueError(f"{what} of {on!r} takes a field [batch, *space, channels, {size}]{also}, with {group.dim} axes of space, "
                      f"got shape {x.shape}{hint}")
+
+
+def as_field(what: str, x: Array, on: Group | Representation,
+             **options: Any) -> tuple[Array, Callable[[jax.Array], jax.Array]]:
+    """x as a field of one batch axis, d = 1 for scalars, and what gives a result its form; checked by :func:`field_axes`."""
+    scalars = not field_axes(what, x, on, **options)
+    lead = x.shape[:x.ndim - group_of(on).dim - (1 if scalars else 2)]
+    x = x[..., None] if scalars else x
+    if len(lead) == 1:
+        return x, lambda y: y[..., 0] if scalars else y
+    return x.reshape(math.prod(lead), *x.shape[len(lead):]), lambda y: y.reshape(*lead, *y.shape[1:])
 
 
 def orthonormal_range(vectors: np.ndarray, rank: int) -> np.ndarray:

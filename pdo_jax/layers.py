@@ -5,6 +5,7 @@ Each is told what it acts on: a :class:`~pdo_jax.groups.Group`, for its regular 
 too, any other shape is rejected.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from pdo_jax.fields import Representation, field_axes
+from pdo_jax.fields import Representation, as_field
 from pdo_jax.groups import Array, Group
 from pdo_jax.lowering.channels import inner, scale
 from pdo_jax.lowering.layout import arranged, restore, view
@@ -34,7 +35,8 @@ class GroupBatchNorm(nn.Module):
       dtype: of the result, by default that of the input (float32 for integers); parameters and running averages are float32.
       use_running_average: whether it evaluates; told here, as ``nn.Sequential`` needs it, or by ``train`` at every call.
 
-    Shapes: [batch, *space, channels, group.order] or [batch, *space, channels] -> the same.
+    Shapes: [batch, *space, channels, group.order] or [batch, *space, channels] -> the same. The call takes a ``mask``, bool
+    [batch, *space] or [*space], of the points that count, such as those of ragged images; the others become 0.
 
     Raises:
       ValueError: an input of another shape, a representation that mixes values (use ``FieldBatchNorm``), or a layer that is not
@@ -56,10 +58,10 @@ class GroupBatchNorm(nn.Module):
     use_running_average: bool | None = None
 
     @nn.compact
-    def __call__(self, x: Array, train: bool | None = None) -> jax.Array:
+    def __call__(self, x: Array, train: bool | None = None, mask: Array | None = None) -> jax.Array:
         train = trains(self, "use_running_average", train)
-        scalars = not field_axes("GroupBatchNorm", x, self.group, permuted=True, remedy="use nonlinearities.FieldBatchNorm")
-        x = floating(x[..., None] if scalars else x)
+        x, back = as_field("GroupBatchNorm", x, self.group, permuted=True, remedy="use nonlinearities.FieldBatchNorm")
+        x, mask = masked(floating(x), mask)
         shape = x.shape[-2:-1]
         factor = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
@@ -67,30 +69,49 @@ class GroupBatchNorm(nn.Module):
                    "var": self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)}
         wide, first, second = x.astype(jnp.promote_types(x.dtype, jnp.float32)), running["mean"].value, running["var"].value
         if train:
-            wide, pivot, first, second = moments(wide, None if self.is_initializing() else self.axis_name)
+            wide, pivot, first, second = moments(wide, None if self.is_initializing() else self.axis_name, mask)
             update(self, running, {"mean": first + pivot, "var": second})
         factor = factor.astype(wide.dtype) * jax.lax.rsqrt(second.astype(wide.dtype) + self.epsilon)
         shift = bias.astype(wide.dtype) - first.astype(wide.dtype) * factor
         y = arranged((scale(wide, factor) + scale(jnp.ones_like(wide), shift)).astype(self.dtype or x.dtype))
-        return y[..., 0] if scalars else y
+        return back(masked(y, mask)[0])
 
 
-def moments(x: jax.Array, axis_name: str | None = None) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(x - pivot, pivot, mean of x - pivot, variance), each [channels] but the first.
+def masked(x: jax.Array, mask: Array | None) -> tuple[jax.Array, Array | None]:
+    """A field that is 0 where a mask [batch, *space] or [*space] is False, and the mask as [batch or 1, *space, 1, 1]."""
+    if mask is None:
+        return x, None
+    space = x.shape[1:-2]
+    if mask.shape[-len(space) - 2:] != (*space, 1, 1):
+        if mask.shape[mask.ndim - len(space):] != space or mask.size not in (math.prod(space), math.prod(x.shape[:-2])):
+            raise ValueError(f"a mask of a field of shape {x.shape} has shape {x.shape[:-2]} or {space}, got {mask.shape}")
+        mask = mask.reshape(mask.size // max(math.prod(space), 1), *space, 1, 1)
+    return jnp.where(mask, x, jnp.zeros_like(x)), mask
+
+
+def moments(x: jax.Array, axis_name: str | None = None,
+            mask: Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(x - pivot, pivot, mean of x - pivot, variance), each [channels] but the first; of what a mask keeps.
 
     The pivot is the mean over one row of one component: any value near the data makes the difference of squares
     E[(x - pivot)²] - E[x - pivot]² stable, and none changes its value, so that nothing is differentiated through it."""
     row = jax.lax.slice_in_dim(x[..., :1], x.shape[1] // 2, x.shape[1] // 2 + 1, axis=1)
     pivot = jax.lax.stop_gradient(mean(row, jnp.ones_like(row), axis_name))
     x = x - scale(jnp.ones_like(x), pivot)
-    first = mean(x, jnp.ones_like(x), axis_name)
-    return x, pivot, first, jnp.maximum(mean(x, x, axis_name) - first * first, 0)
+    kept, _ = masked(x, mask)
+    first = mean(kept, jnp.ones_like(x), axis_name, mask)
+    return x, pivot, first, jnp.maximum(mean(kept, kept, axis_name, mask) - first * first, 0)
 
 
-def mean(x: jax.Array, y: jax.Array, axis_name: str | None) -> jax.Array:
-    """[channels]: the mean of x · y; 0 where there is nothing to average."""
+def mean(x: jax.Array, y: jax.Array, axis_name: str | None, mask: Array | None = None) -> jax.Array:
+    """[channels]: the mean of x · y, of products that are 0 outside of a mask; 0 where there is nothing to average."""
     result = inner(x, y) / max(x.size // x.shape[-2], 1)
-    return result if axis_name is None else jax.lax.pmean(result, axis_name)
+    result = result if axis_name is None else jax.lax.pmean(result, axis_name)
+    if mask is None:
+        return result
+    part = mask.astype(x.dtype) * jnp.ones_like(x)
+    share = mean(part, part, axis_name)
+    return result / jnp.where(share > 0, share, jnp.ones_like(share))
 
 
 def update(module: nn.Module, running: Mapping[str, nn.Variable[Any]], batch: Mapping[str, jax.Array]) -> None:
@@ -146,13 +167,12 @@ class GroupDropout(nn.Module):
         train = trains(self, "deterministic", train)
         if not 0 <= self.rate < 1:
             raise ValueError(f"the rate of GroupDropout must lie in [0, 1), got {self.rate}")
-        scalars = not field_axes("GroupDropout", x, self.group)
+        x, back = as_field("GroupDropout", x, self.group)
         if not train or self.rate == 0:
-            return x
-        x = floating(x[..., None] if scalars else x)
+            return back(x)
+        x = floating(x)
         batch, *space, channels, _ = x.shape
         space = [1] * len(space) if self.channels else space
         keep = min(max(round((1 - self.rate) * 2**16), 1), 2**16 - 1)  # to 16 bits
         mask = jax.random.bits(self.make_rng("dropout"), (1, channels, *space, batch), jnp.uint16) < np.uint16(keep)
-        y = restore(jnp.where(mask, view(x) * np.asarray(2**16 / keep, x.dtype), np.zeros((), x.dtype)))
-        return y[..., 0] if scalars else y
+        return back(restore(jnp.where(mask, view(x) * np.asarray(2**16 / keep, x.dtype), np.zeros((), x.dtype))))

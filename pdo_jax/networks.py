@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pdo_jax import fields, groups, layers, sampling, stencils, weights
-from pdo_jax.conv import Framed, GroupConv, LiftingConv, PDOConv
+from pdo_jax.conv import Frozen, GroupConv, LiftingConv, PDOConv
 from pdo_jax.groups import Array
 
 
-class MnistRotNet(Framed):
+class MnistRotNet(Frozen):
     """A network for rotated MNIST: six 5×5 layers, 28 → 26 → 24 → 12 → 10 → 8 → 6 → 4 points, and a head.
 
     Each layer is followed by batch normalisation and ``activation``, the second by a 2×2 maximum, the others by dropout. The
@@ -73,7 +73,7 @@ class MnistRotNet(Framed):
         return nn.Dense(self.num_classes, use_bias=self.head != "paper", name="head")(x)
 
 
-class ResNet(Framed):
+class ResNet(Frozen):
     """The paper's pre-activation ResNet for CIFAR, depth 6 · blocks + 2; :data:`PAPER` holds its settings by name.
 
     Three stages of ``blocks`` residual blocks of two layers; stages 2 and 3 halve the resolution, and change the width
@@ -134,7 +134,7 @@ class ResNet(Framed):
         return nn.Dense(self.num_classes, name="head")(x.reshape(x.shape[0], math.prod(x.shape[1:])))
 
 
-class UNet(Framed):
+class UNet(Frozen):
     """A U-Net (Ronneberger et al., MICCAI 2015) of regular fields: from an image, or a field, to one on the same points.
 
     A level is ``blocks`` convolutions, each with batch normalisation and ``activation``. ``pool`` leads to the next one,
@@ -164,7 +164,7 @@ class UNet(Framed):
     >>> import pdo_jax as pdo
     >>> p4m = groups.dihedral(4)
     >>> network = UNet(p4m, widths=(2, 4), out=pdo.fields.standard(p4m), in_rep=pdo.fields.determinant(p4m))
-    >>> jax.eval_shape(network.init_with_output, jax.random.key(0), jnp.zeros([1, 9, 9, 1, 1]))[0].shape  # vorticity in
+    >>> jax.eval_shape(network.init_with_output, jax.random.key(0), jnp.zeros([1, 9, 9, 1, 1]))[0].shape  # a velocity
     (1, 9, 9, 1, 2)
     """
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pdo_jax.fields import Representation, field_axes, group_of
+from pdo_jax.fields import Representation, as_field, cosets, field_axes
 from pdo_jax.groups import Array, Group
 from pdo_jax.layers import floating
 from pdo_jax.lowering.layout import extended, merge, on_platform, restore, split, view
@@ -42,10 +42,8 @@ def max_pool(x: Array, group: Group | Representation, window: int = 2, strides: 
     >>> max_pool(jnp.zeros([2, 8, 8, 3, 8]), pdo.groups.cyclic(8)).shape
     (2, 4, 4, 3, 8)
     """
-    scalars = not field_axes("max_pool", x, group, permuted=True, remedy="use norm_max_pool, mean_pool or blur_pool")
-    x, window, strides = _window(x, group, window, strides, periodic)
-    y = _max_pool(x[..., None] if scalars else x, window, strides)
-    return y[..., 0] if scalars else y
+    x, back = as_field("max_pool", x, group, permuted=True, remedy="use mean_pool, norm_max_pool or blur_pool")
+    return back(_max_pool(*_window(x, window, strides, periodic)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -102,16 +100,14 @@ def _in_view(function, *fields):
 def mean_pool(x: Array, group: Group | Representation, window: int = 2, strides: int | None = None, *,
               periodic: bool = False) -> jax.Array:
     """Mean over windows of space, summed in float32; arguments and alignment as for :func:`max_pool`, any representation."""
-    scalars = not field_axes("mean_pool", x, group)
-    x, window, strides = _window(x, group, window, strides, periodic)
-    x = floating(x[..., None] if scalars else x)
+    x, back = as_field("mean_pool", x, group)
+    x, window, strides = _window(floating(x), window, strides, periodic)
 
     def mean(x, first):
         views = _windows(_wide(x), window, strides, first)
         return (functools.reduce(jnp.add, views) / len(views)).astype(x.dtype)
 
-    y = _in_view(mean, x)
-    return y[..., 0] if scalars else y
+    return back(_in_view(mean, x))
 
 
 def norm_max_pool(x: Array, rep: Representation, window: int = 2, strides: int | None = None, *,
@@ -132,14 +128,14 @@ def norm_max_pool(x: Array, rep: Representation, window: int = 2, strides: int |
     >>> norm_max_pool(jnp.tile(x, (1, 2, 1, 1, 1)), fields.standard(groups.cyclic(4)))[0, 0, 0]
     Array([[ 0., -6.]], dtype=float32)
     """
-    field_axes("norm_max_pool", x, rep, scalars=False, orthogonal=True)
-    x, window, strides = _window(floating(x), rep, window, strides, periodic)
+    x, back = as_field("norm_max_pool", x, rep, scalars=False, orthogonal=True)
+    x, window, strides = _window(floating(x), window, strides, periodic)
     views = _windows(x, window, strides, 1)
     lengths = [(jax.lax.stop_gradient(_wide(v)) ** 2).sum(-1, keepdims=True) for v in views]
     longest = functools.reduce(jnp.maximum, lengths)
     hits = [(length == longest).astype(longest.dtype) for length in lengths]
     total = functools.reduce(jnp.add, [hit * v.astype(hit.dtype) for hit, v in zip(hits, views, strict=True)])
-    return (total / functools.reduce(jnp.add, hits)).astype(x.dtype)
+    return back((total / functools.reduce(jnp.add, hits)).astype(x.dtype))
 
 
 def blur_pool(x: Array, group: Group | Representation, *, periodic: bool = False) -> jax.Array:
@@ -159,13 +155,12 @@ def blur_pool(x: Array, group: Group | Representation, *, periodic: bool = False
     Raises:
       ValueError: an x of another shape, or a periodic axis that is odd.
     """
-    field_axes("blur_pool", x, group)
-    axes = range(1, 1 + group_of(group).dim)
+    x, back = as_field("blur_pool", x, group)
     if periodic:
-        _divisible(x.shape[axes.start:axes.stop], 2)
+        _divisible(x.shape[1:-2], 2)
     x = floating(x)
     y = _wide(x)
-    for axis in axes:
+    for axis in range(1, x.ndim - 2):
         size = x.shape[axis]
         taps = np.array([1, 3, 3, 1] if size % 2 == 0 else [1, 2, 1])
         inside = np.convolve(np.ones(size), taps)[len(taps) - 2:][: size:2][: -(-size // 2)]
@@ -173,7 +168,7 @@ def blur_pool(x: Array, group: Group | Representation, *, periodic: bool = False
         views = [jax.lax.slice_in_dim(y, k, k + 2 * (len(inside) - 1) + 1, 2, axis) * int(t) for k, t in enumerate(taps)]
         shape = [-1 if i == axis else 1 for i in range(x.ndim)]
         y = functools.reduce(jnp.add, views) / (taps.sum() if periodic else jnp.asarray(inside.reshape(shape), y.dtype))
-    return y.astype(x.dtype)
+    return back(y.astype(x.dtype))
 
 
 def upsample(x: Array, group: Group | Representation, factor: int = 2, method: str = "linear", *,
@@ -204,17 +199,17 @@ def upsample(x: Array, group: Group | Representation, factor: int = 2, method: s
     >>> upsample(x, groups.reflection(1), sizes=[5]).ravel()
     Array([0., 2., 4., 6., 8.], dtype=float32)
     """
-    scalars = not field_axes("upsample", x, group)
+    x, back = as_field("upsample", x, group)
     _positive("factor of upsample", factor)
     if method not in ("linear", "nearest"):
         raise ValueError(f'method of upsample must be "linear" or "nearest", got {method!r}')
-    space = x.shape[1:1 + group_of(group).dim]
+    space = x.shape[1:-2]
     sizes = tuple(factor * n for n in space) if sizes is None else tuple(sizes)
     if len(sizes) != len(space) or any(abs(s - factor * n) >= (1 if periodic else factor) for s, n in zip(
             sizes, space, strict=True)):
         raise ValueError(f"sizes of upsample must be {'equal to' if periodic else f'within {factor - 1} of'} "
                          f"{[factor * n for n in space]}, {factor} times a field with {space} points, got {sizes}")
-    x = floating(x[..., None] if scalars else x)
+    x = floating(x)
 
     def finer(x, first):
         y = _wide(x)
@@ -222,8 +217,7 @@ def upsample(x: Array, group: Group | Representation, factor: int = 2, method: s
             y = _finer(y, axis, size, int(factor), method, "wrap" if periodic else "edge")
         return y.astype(x.dtype)
 
-    y = _in_view(finer, x)
-    return y[..., 0] if scalars else y
+    return back(_in_view(finer, x))
 
 
 def _finer(x, axis, size, factor, method, edges):
@@ -239,25 +233,80 @@ def _finer(x, axis, size, factor, method, edges):
     return jax.lax.slice_in_dim(merge(jnp.stack(kinds, axis + 1), axis), 0, size, axis=axis)
 
 
-def group_pool(x: Array, group: Group | Representation, reduce: str = "mean") -> jax.Array:
+def group_pool(x: Array, group: Group | Representation, reduce: str = "mean", *,
+               subgroup: Group | Sequence[int] | None = None) -> jax.Array:
     """Mean or maximum over the group: a regular field becomes a scalar one, [batch, *space, channels].
 
     Args:
       x: [batch, *space, channels, group.order].
       group: what the field is of: a group, or a representation that permutes its values.
+      subgroup: H, to pool over its cosets AH alone: a field of ``fields.quotient(group, H)`` remains,
+        [batch, *space, channels, order / |H|]. Over the reflection of dihedral(n) this is a regular field of cyclic(n).
 
     Raises:
-      ValueError: an x of another shape, a representation that mixes values, or ``reduce`` neither "mean" nor "max".
+      ValueError: an x of another shape, a representation that mixes values, ``reduce`` neither "mean" nor "max", or a subgroup
+        that is none, or of a representation.
     """
     if reduce not in ("mean", "max"):
         raise ValueError(f'reduce must be "mean" or "max", got {reduce!r}')
     field_axes("group_pool", x, group, permuted=True, scalars=False)
+    if subgroup is not None:
+        if not isinstance(group, Group):
+            raise ValueError(f"group_pool over a subgroup takes regular fields of a Group, got {group!r}")
+        x = x[..., cosets(group, subgroup)]
     return floating(x).mean(-1) if reduce == "mean" else x.max(-1)
 
 
-def _window(x, group, window, strides, periodic):
+def adaptive_pool(x: Array, group: Group | Representation, sizes: int | Sequence[int], reduce: str = "mean") -> jax.Array:
+    """Mean or maximum over windows of the size that gives so many points.
+
+    Along an axis point k of s takes the points from floor(k n / s) to before ceil((k + 1) n / s) of n.
+
+    Args:
+      x: [batch, *space, channels, group.order] or [batch, *space, channels].
+      group: what the field is of: a group, or a representation; one that permutes its values for the maximum.
+      sizes: points of the result, for all axes or each.
+
+    Raises:
+      ValueError: an x of another shape, more points than there are, ``reduce`` neither "mean" nor "max", or a maximum of a
+        representation that mixes values.
+
+    >>> from pdo_jax import groups
+    >>> adaptive_pool(jnp.arange(5.0).reshape(1, 5, 1), groups.reflection(1), 2).ravel()
+    Array([1., 3.], dtype=float32)
+    """
+    if reduce not in ("mean", "max"):
+        raise ValueError(f'reduce must be "mean" or "max", got {reduce!r}')
+    x, back = as_field("adaptive_pool", x, group, permuted=reduce == "max")
+    space = x.shape[1:-2]
+    sizes = (sizes,) * len(space) if isinstance(sizes, int | np.integer) else tuple(sizes)
+    if len(sizes) != len(space) or any(not 0 < s <= n for s, n in zip(sizes, space, strict=True)):
+        raise ValueError(f"sizes of adaptive_pool must be from 1 to the {space} points of the field, got {sizes}")
+    axes, points = tuple(range(1, 1 + len(space))), []
+    x = _wide(floating(x)) if reduce == "mean" else x
+    for place in itertools.product(*map(range, sizes)):
+        box = x[(slice(None), *(slice(k * n // s, -(-(k + 1) * n // s)) for k, n, s in zip(place, space, sizes, strict=True)))]
+        points.append(box.mean(axes) if reduce == "mean" else box.max(axes))
+    return back(jnp.stack(points, 1).reshape(x.shape[0], *sizes, *x.shape[-2:]))
+
+
+def spherical_mask(space: Sequence[int], radius: float = 1.0) -> np.ndarray:
+    """[*space] bool: the points within so many half-widths of the centre, which no turn moves out of the array.
+
+    ``x * spherical_mask(x.shape[1:3])[..., None, None]`` masks a field of the plane.
+
+    >>> spherical_mask((3, 3), 0.8).astype(int)
+    array([[0, 1, 0],
+           [1, 1, 1],
+           [0, 1, 0]])
+    """
+    axes = [(2 * np.arange(n) - (n - 1)) / n for n in space]
+    return sum(a**2 for a in np.meshgrid(*axes, indexing="ij")) <= radius**2
+
+
+def _window(x, window, strides, periodic):
     """x, continued around the edges where it is periodic, and window and strides as ints, known to fit."""
-    strides, space = window if strides is None else strides, x.shape[1:1 + group_of(group).dim]
+    strides, space = window if strides is None else strides, x.shape[1:-2]
     _positive("window of a pool", window)
     _positive("strides of a pool", strides)
     if min(space) < window:

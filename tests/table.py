@@ -15,6 +15,7 @@ from pdo_jax import fields, groups, lowering, nonlinearities
 GROUPS = {1: groups.reflection(1), 2: groups.cyclic(4), 3: groups.from_generators([np.diag([-1.0, -1, 1]), -np.eye(3)])}
 SPACE = {1: (5,), 2: (4, 5), 3: (3, 3, 4)}
 CHANNELS = 2
+MASKS = {dim: np.arange(np.prod(space)).reshape(space) % 4 > 0 for dim, space in SPACE.items()}
 
 
 class Item(NamedTuple):
@@ -66,6 +67,7 @@ def items(dim, batch=2, dtype=jnp.float32):
     group, space = GROUPS[dim], SPACE[dim]
     regular, vector = fields.regular(group), fields.standard(group)
     mixed = fields.direct_sum([fields.trivial(group), vector])
+    every = fields.direct_sum(fields.irreps(group))
     gated = nonlinearities.GatedNonlinearity(mixed)
 
     def field(size=group.order, seed=1):
@@ -94,6 +96,14 @@ def items(dim, batch=2, dtype=jnp.float32):
         "GroupBatchNorm, scalars": lambda: module(pdo.GroupBatchNorm(group), field(None), True),
         "GroupBatchNorm, inference": lambda: module(pdo.GroupBatchNorm(group), field(), False),
         "FieldBatchNorm, training": lambda: module(nonlinearities.FieldBatchNorm(mixed), field(1 + dim), True),
+        "GroupBatchNorm, training, masked": lambda: module(pdo.GroupBatchNorm(group), field(), True, MASKS[dim]),
+        "FieldBatchNorm, training, masked": lambda: module(
+            nonlinearities.FieldBatchNorm(mixed), field(1 + dim), True, MASKS[dim]),
+        "FieldNorm": lambda: module(nonlinearities.FieldNorm(mixed), field(1 + dim)),
+        "FieldNorm, masked": lambda: module(nonlinearities.FieldNorm(group, num_groups=1), field(), MASKS[dim]),
+        "FieldNorm, points, scalars": lambda: module(nonlinearities.FieldNorm(
+            group, num_groups=1, space=False, epsilon=0.5), field(None)),
+        "fourier": lambda: Item(lambda _, x: nonlinearities.fourier(every, nn.tanh)(x), {}, field(every.dim)),
         "NormNonlinearity": lambda: module(
             nonlinearities.NormNonlinearity(mixed, epsilon=0.1, bias_init=nn.initializers.ones), field(1 + dim)),
         "GatedNonlinearity": lambda: module(gated, field(gated.in_rep.dim)),
@@ -103,6 +113,9 @@ def items(dim, batch=2, dtype=jnp.float32):
         "mean_pool": lambda: Item(lambda _, x: pdo.mean_pool(x, vector), {}, field(dim)),
         "norm_max_pool": lambda: Item(lambda _, x: pdo.norm_max_pool(x, vector), {}, field(dim)),
         "mean_pool 3/1 periodic": lambda: Item(lambda _, x: pdo.mean_pool(x, group, 3, 1, periodic=True), {}, field()),
+        "adaptive_pool": lambda: Item(lambda _, x: pdo.adaptive_pool(x, vector, 2), {}, field(dim)),
+        "group_pool over a subgroup": lambda: Item(
+            lambda _, x: pdo.group_pool(x, group, subgroup=[0, group.order // 2]), {}, field()),
         "upsample": lambda: Item(lambda _, x: pdo.upsample(x, vector), {}, field(dim)),
         "upsample nearest": lambda: Item(lambda _, x: pdo.upsample(x, group, 2, "nearest", sizes=[
             2 * n - 1 for n in space]), {}, field(None)),

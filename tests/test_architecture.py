@@ -12,7 +12,7 @@ import pdo_jax
 
 FOLDER = Path(pdo_jax.__file__).parent
 FLOORS = [  # from the ground up; within a floor a module may use those before it
-    ["_version", "groups", "fields", "operators", "stencils"],
+    ["_version", "groups", "operators", "fields", "stencils"],
     ["kernels", "steerable"],
     ["lowering.compiler", "lowering.bilinear", "lowering.layout", "lowering.channels", "lowering.dense", "lowering.matmul",
      "lowering.fourier", "lowering"],
@@ -20,6 +20,7 @@ FLOORS = [  # from the ground up; within a floor a module may use those before i
     ["networks"],
     ["equivariance", "export"],
     ["__init__"],
+    ["nnx.face", "nnx.layers", "nnx.networks", "nnx"],
 ]
 HEIGHT = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}
 THIRD_PARTY = {  # what each floor may use; numpy alone where mathematics is done in float64
@@ -32,6 +33,7 @@ THIRD_PARTY = {  # what each floor may use; numpy alone where mathematics is don
     "sampling": {"numpy", "jax"},
     "networks": {"numpy", "jax", "flax"}, "export": {"numpy", "jax", "flax", "jax2onnx", "onnx_ir"},
     "architecture": {"numpy", "jax", "flax"}, "weights": {"numpy", "flax", "safetensors"}, "__init__": set(),
+    "nnx.face": {"numpy", "jax", "flax"}, "nnx.layers": {"flax"}, "nnx.networks": {"flax"}, "nnx": set(),
 }
 FILES = {".".join(path.relative_to(FOLDER).with_suffix("").parts).removesuffix(".__init__"): path
          for path in FOLDER.rglob("*.py")}
@@ -92,14 +94,16 @@ def test_the_public_names_are_listed():
 
 
 def test_importing_the_library_brings_in_nothing_else():
-    """In a fresh process: no experiments, TensorFlow, Orbax, Optax or Matplotlib, no change of the environment, no device."""
+    """In a fresh process: no experiments, TensorFlow, Orbax, Optax, Matplotlib or flax.nnx, no change of the environment, no
+    device."""
     code = """
 import os, sys
 before = dict(os.environ)
 import jax  # sets some variables of its own
 environment = dict(os.environ)
 import pdo_jax
-unwanted = [m for m in ("experiments", "tensorflow", "orbax", "optax", "matplotlib", "tensorflow_datasets") if m in sys.modules]
+unwanted = {"experiments", "tensorflow", "orbax", "optax", "matplotlib", "tensorflow_datasets", "pdo_jax.nnx", "flax.nnx"}
+unwanted &= set(sys.modules)
 assert not unwanted, unwanted
 assert dict(os.environ) == environment
 jax.config.update("jax_num_cpu_devices", 3)  # an error once there is a device

@@ -196,15 +196,66 @@ def test_band_limited_fields(group):
     np.testing.assert_allclose(rep.matrices[3, -2:, -2:], np.linalg.matrix_power(rep.matrices[1, -2:, -2:], 3), atol=1e-14)
 
 
-def test_band_limit_needs_enough_rotations():
-    """More than 2·frequency + order; a clear error that says so. The plane only."""
+def test_band_limit_needs_a_large_group():
+    """One without invariants up to degree 2·frequency + order; the error names the first one. The plane and space only."""
     fields.band_limited(groups.cyclic(9), 2)
-    with pytest.raises(ValueError, match="more than 8 rotations, got 8"):
-        fields.band_limited(groups.dihedral(8), 2)
-    with pytest.raises(ValueError, match="of the plane"):
-        fields.band_limited(groups.octahedral(), 0)
+    for small, frequency, order, degree in [
+            (groups.dihedral(8), 2, 4, 8), (groups.octahedral(), 0, 4, 4), (groups.tetrahedral(True), 1, 1, 3),
+            (groups.icosahedral(), 2, 2, 6), (groups.icosahedral(True), 1, 4, 6), (groups.reflection(3), 0, 1, 1)]:
+        with pytest.raises(ValueError, match=f"degrees 1 to {2 * frequency + order}, .* has one of degree {degree}: .*larger"):
+            fields.band_limited(small, frequency, order)
+    with pytest.raises(ValueError, match="of the plane or of space"):
+        fields.band_limited(groups.reflection(1), 0)
     with pytest.raises(ValueError, match="frequency=-1"):
         fields.band_limited(groups.cyclic(9), -1)
+
+
+@pytest.mark.parametrize("group", [*(g for g in DIMENSIONS if g.order <= 24), groups.icosahedral()], ids=lambda g: g.name)
+def test_decomposition(group):
+    """Q^{-1} ρ Q is block diagonal in irreducible representations, of the multiplicities that characters give, for regular,
+    quotient, induced and skewed representations; Q is orthogonal where ρ is."""
+    member = [0, int(np.flatnonzero(group.table.diagonal() == 0)[-1])]  # an element of order 2, or the identity
+    skew = np.eye(group.dim) + np.eye(group.dim, k=1)
+    reps = [fields.regular(group), fields.quotient(group, member), fields.direct_sum([fields.standard(group)] * 2),
+            fields.tensor_product(fields.standard(group), fields.determinant(group)),
+            fields.Representation("skewed", group, skew @ group.elements @ np.linalg.inv(skew))]
+    for rep in reps:
+        parts, q = fields.decompose(rep)
+        np.testing.assert_allclose(np.linalg.inv(q) @ rep.matrices @ q, fields.direct_sum(parts).matrices, atol=1e-9)
+        assert not rep.is_orthogonal or np.allclose(q.T @ q, np.eye(rep.dim), atol=1e-9)
+        assert all(any(part is irrep for irrep in fields.irreps(group)) for part in parts)
+
+
+def test_tensor_product():
+    """ρ_1 ⊗ ρ_2 acts on the products of all values of two fields."""
+    group = groups.octahedral()
+    first, second = fields.standard(group), fields.quotient(group, groups.tetrahedral())
+    x, y = np.random.default_rng(0).normal(size=(2, 5, 3))
+    y, product = y[:, :2], lambda x, y: (x[..., :, None] * y[..., None, :]).reshape(*x.shape[:-1], -1)
+    rep = fields.tensor_product(first, second)
+    for a in range(group.order):
+        turned = product(fields.act(x, first, a, space=False), fields.act(y, second, a, space=False))
+        np.testing.assert_allclose(turned, fields.act(product(x, y), rep, a, space=False), atol=1e-6)
+    with pytest.raises(ValueError, match="of one group"):
+        fields.tensor_product(first, fields.trivial(groups.cyclic(4)))
+
+
+def test_harmonics_are_irreducible_representations_of_rotations():
+    """In three dimensions 2 k + 1 values, orthogonal, a homomorphism, of character sin((k + 1/2) t) / sin(t / 2); degree 1 is
+    the matrix itself; in the plane a rotation by k t."""
+    random = np.random.default_rng(0)
+    a, b = (np.linalg.qr(random.normal(size=(3, 3)))[0] for _ in range(2))
+    for k in range(6):
+        one, two, both = fields.harmonics(np.stack([a, b, a @ b]), k)
+        assert one.shape == (2 * k + 1,) * 2
+        np.testing.assert_allclose(one @ two, both, atol=1e-12)
+        np.testing.assert_allclose(one @ one.T, np.eye(2 * k + 1), atol=1e-12)
+        proper = np.linalg.det(a) * a
+        t = np.arccos((np.trace(proper) - 1) / 2)
+        np.testing.assert_allclose(np.trace(fields.harmonics(proper[None], k)[0]), np.sin((k + 0.5) * t) / np.sin(t / 2))
+    np.testing.assert_allclose(fields.harmonics(a[None], 1)[0], a, atol=1e-12)
+    turn = np.array([[np.cos(0.3), -np.sin(0.3)], [np.sin(0.3), np.cos(0.3)]])
+    np.testing.assert_allclose(fields.harmonics(turn[None], 4)[0], np.linalg.matrix_power(turn, 4), atol=1e-12)
 
 
 SIGN = np.array([1.0, -1, 1, -1]).reshape(4, 1, 1)

@@ -203,7 +203,7 @@ def test_norm_nonlinearity_by_hand():
 def test_bad_fields(layer, options):
     """A field of another size or dimension: an error that names the layer, the representation and both shapes."""
     rep = fields.standard(P8)
-    for shape in [(2, 5, 5, 3, 8), (2, 5, 5, 2), (2, 5, 5, 5, 3, 2)]:
+    for shape in [(2, 5, 5, 3, 8), (2, 5, 5, 2), (2, 5, 5, 5, 3, 7)]:
         with pytest.raises(ValueError, match=r"standard.* of Group\(p8.*takes a field \[.*, channels, \d\].*got shape"):
             layer(rep).init(jax.random.key(0), jnp.ones(shape), **options)
 
@@ -216,3 +216,108 @@ def test_lengths_need_an_orthogonal_representation(layer, options):
     rep = fields.Representation("skew", P8, skew @ P8.elements @ np.linalg.inv(skew))
     with pytest.raises(ValueError, match="measures lengths.*skew"):
         layer(rep).init(jax.random.key(0), jnp.ones((2, 5, 5, 3, 2)), **options)
+
+
+# Norms of one example
+
+
+def per_channel(rep):
+    """Parameters away from their start, by name."""
+    return {f"{name}_{k}": np.linspace(0.5, 2, 4).astype(np.float32) + k for k, part in enumerate(rep.parts)
+            for name in (("scale", "bias") if part.is_permutation else ("scale",))}
+
+
+@ALL
+@pytest.mark.parametrize("options", [dict(), dict(num_groups=2), dict(num_groups=1, space=False)], ids=str)
+def test_field_norm_is_equivariant(rep, options):
+    """Instance, group and layer norm commute with every element, those that do not preserve the grid acting on values alone."""
+    norm, x, variables = nonlinearities.FieldNorm(rep, **options), field(rep, channels=4), {"params": per_channel(rep)}
+    call = jax.jit(lambda x: norm.apply(variables, x))
+    y = call(x)
+    for a in range(rep.group.order):
+        np.testing.assert_allclose(call(act(x, rep, a)), act(y, rep, a), atol=1e-4)
+    for k in range(len(x)):  # no example sees another
+        np.testing.assert_allclose(call(x[k:k + 1]), y[k:k + 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("options, theirs", [
+    (dict(), nn.InstanceNorm(epsilon=1e-5)), (dict(num_groups=2), nn.GroupNorm(2, epsilon=1e-5)),
+    (dict(num_groups=1, space=False), nn.LayerNorm(epsilon=1e-5))], ids=["instance", "group", "layer"])
+def test_field_norm_of_scalars_is_flax(options, theirs):
+    """On scalars, and on fields of the trivial representation, Flax's norms with the same scale and bias."""
+    x = field(REPS["trivial"], channels=4)
+    params = per_channel(REPS["trivial"])
+    expected = theirs.apply({"params": {"scale": params["scale_0"], "bias": params["bias_0"]}}, x[..., 0])
+    for on, given in ((P8, x[..., 0]), (REPS["trivial"], x)):
+        y = nonlinearities.FieldNorm(on, **options).apply({"params": params}, given)
+        np.testing.assert_allclose(y.reshape(expected.shape), expected, atol=1e-4)
+    with pytest.raises(ValueError, match="num_groups=3 of FieldNorm must divide its 4 channels"):
+        nonlinearities.FieldNorm(P8, num_groups=3).init(jax.random.key(0), x[..., 0])
+
+
+@pytest.mark.parametrize("norm", [
+    layers.GroupBatchNorm(P8), nonlinearities.FieldBatchNorm(fields.direct_sum([fields.standard(P8), fields.regular(P8)])),
+    nonlinearities.FieldNorm(P8, num_groups=1),
+    nonlinearities.FieldNorm(fields.direct_sum([fields.standard(P8), fields.regular(P8)]))], ids=lambda n: type(n).__name__)
+def test_masked_points_do_not_count(norm):
+    """Images padded by rubbish, with a mask: the outputs and statistics of the images without, and 0 where they were padded."""
+    rep = getattr(norm, "rep", getattr(norm, "group", None))
+    size = rep.dim if isinstance(rep, fields.Representation) else rep.order
+    x = jnp.asarray(np.random.default_rng(0).normal(2, 3, size=(3, 4, 5, 4, size)), jnp.float32)
+    wide = jnp.pad(x, ((0, 0), (1, 0), (0, 2), (0, 0), (0, 0)), constant_values=jnp.nan)
+    mask = np.pad(np.ones((3, 4, 5), bool), ((0, 0), (1, 0), (0, 2)))
+    options = {"train": True} if "Batch" in type(norm).__name__ else {}
+    y, variables = norm.init_with_output(jax.random.key(0), x, **options)
+    expected, stats = norm.apply(variables, x, mutable="batch_stats", **options)
+    for m in (mask, mask[0]):
+        found, found_stats = norm.apply(variables, wide, mask=m, mutable="batch_stats", **options)
+        np.testing.assert_allclose(found[:, 1:, :5], expected, atol=1e-4)
+        assert not np.asarray(found)[~mask].any()
+        jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-5), found_stats, stats)
+        loss = lambda x, m=m: (norm.apply(variables, x, mask=m, mutable="batch_stats", **options)[0] ** 2).sum()
+        assert np.isfinite(jax.grad(loss)(wide)).all()
+    with pytest.raises(ValueError, match=r"a mask of a field of shape .* has shape \(3, 5, 7\) or \(5, 7\), got \(3, 5, 6\)"):
+        norm.apply(variables, wide, mask=mask[..., 1:], mutable="batch_stats", **options)
+
+
+# Fourier
+
+
+@pytest.mark.parametrize("rep, subgroup", [
+    (REPS["band limited"], [0]), (REPS["irreps"], [0]), (fields.band_limited(groups.dihedral(13), 4), [0]),
+    (fields.direct_sum([REPS["trivial"], fields.standard(P8)] * 1), [0]),
+    (fields.band_limited(groups.icosahedral(), 2, 1), [0, 1, 2, 3, 4]),
+    (fields.band_limited(groups.icosahedral(), 1, 3), groups.tetrahedral())], ids=str)
+def test_fourier(rep, subgroup):
+    """Exactly equivariant under every sampled element, the identity of the identity, and no linear map of a ReLU."""
+    if isinstance(subgroup, groups.Group):
+        with pytest.raises(ValueError, match="5 samples do not determine"):
+            nonlinearities.fourier(rep, subgroup=subgroup)
+        return
+    x = np.random.default_rng(0).normal(size=(6, rep.dim)).astype(np.float32)
+    call = jax.jit(nonlinearities.fourier(rep, subgroup=subgroup))
+    y = call(x)
+    for a in range(rep.group.order):
+        turn = rep.matrices[a].T.astype(np.float32)
+        np.testing.assert_allclose(call(x @ turn), y @ turn, atol=2e-5)
+    np.testing.assert_allclose(nonlinearities.fourier(rep, lambda x: x, subgroup)(x), x, atol=1e-5)
+    assert np.abs(call(-x) + y).max() > 0.1
+
+
+def test_more_samples_bring_a_fourier_nonlinearity_near_the_continuous_group():
+    """A field of SO(2) turned by an angle between the samples: the error falls with their number."""
+    x, t, errors = np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32), 0.1, []
+    turn = np.eye(5, dtype=np.float32)
+    for k in (1, 2):
+        turn[2 * k - 1:2 * k + 1, 2 * k - 1:2 * k + 1] = [[np.cos(k * t), -np.sin(k * t)], [np.sin(k * t), np.cos(k * t)]]
+    for n in (9, 18, 72):
+        call = nonlinearities.fourier(fields.band_limited(groups.cyclic(n), 2), nn.relu)
+        errors.append(np.abs(call(x @ turn.T) - call(x) @ turn.T).max())
+    assert errors[0] > 3 * errors[1] > 9 * errors[2] and errors[2] < 2e-3
+
+
+def test_a_fourier_nonlinearity_needs_orthogonal_parts_that_samples_tell():
+    skewed = fields.Representation("skewed", P4M, [[[1, 1], [0, 1]] @ a @ [[1, -1], [0, 1]] for a in P4M.elements])
+    for rep in (skewed, fields.direct_sum([fields.trivial(P8)] * 2)):
+        with pytest.raises(ValueError, match="samples do not determine a field"):
+            nonlinearities.fourier(rep)

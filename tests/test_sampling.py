@@ -28,6 +28,7 @@ POOLS = {
     "norm max": pool(pdo.norm_max_pool), "linear": pool(pdo.upsample), "linear 3": pool(pdo.upsample, 3),
     "nearest": pool(pdo.upsample, 2, "nearest"), "linear -1": finer("linear", -1), "linear +1": finer("linear", 1),
     "nearest -1": finer("nearest", -1), "nearest +1": finer("nearest", 1),
+    "adaptive mean": pool(pdo.adaptive_pool, 2), "adaptive max": pool(pdo.adaptive_pool, 3, "max"),
     "antialiased max": lambda x: pdo.blur_pool(pdo.max_pool(x, of(x), 2, 1), of(x)),
 }
 PERIODIC = {
@@ -198,3 +199,67 @@ def test_norm_max_pool_takes_the_longest_vector(dim):
     for a in range(0, group.order, 5):
         np.testing.assert_allclose(pdo.norm_max_pool(fields.act(x, rep, a), rep), fields.act(y, rep, a), atol=1e-5)
     np.testing.assert_allclose(pdo.norm_max_pool(np.ones_like(x), rep), 1)
+
+
+@pytest.mark.parametrize("space, sizes", [((7,), 3), ((5, 8), (2, 5)), ((4, 3, 5), 1)], ids=str)
+def test_adaptive_pools_equal_a_plain_loop(space, sizes):
+    """Windows from floor(k n / s) to ceil((k + 1) n / s); the whole of space for 1."""
+    x, each = np.asarray(normal(2, *space, 2, 3)), np.broadcast_to(sizes, len(space))
+    for name, reduce in (("mean", np.mean), ("max", np.max)):
+        y = pdo.adaptive_pool(x, of(x), sizes, name)
+        assert y.shape == (2, *each, 2, 3)
+        for where in itertools.product(*map(range, each)):
+            box = tuple(slice(int(np.floor(w * n / s)), int(np.ceil((w + 1) * n / s)))
+                        for w, n, s in zip(where, space, each, strict=True))
+            expected = reduce(x[(slice(None), *box)], axis=tuple(range(1, 1 + len(space))))
+            np.testing.assert_allclose(y[(slice(None), *where)], expected, atol=1e-5)
+    for bad in (0, 9, (1,) * (len(space) + 1)):
+        with pytest.raises(ValueError, match="sizes of adaptive_pool must be from 1 to"):
+            pdo.adaptive_pool(x, of(x), bad)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_pooling_over_a_subgroup(reduce):
+    """A field of the quotient remains; over the reflection of p4m it is a regular field of p4, under the elements of p4."""
+    for group, subgroup in ((P4M, [0, 4]), (P4M, P4), (O_H, pdo.groups.octahedral()), (P4, [0, 2])):
+        space, rep = (3,) * group.dim, fields.quotient(group, subgroup)
+        x = np.asarray(normal(1, *space, 2, group.order))
+        y = pdo.group_pool(x, group, reduce, subgroup=subgroup)
+        for a in range(group.order):
+            np.testing.assert_allclose(pdo.group_pool(turn(x, group, a), group, reduce, subgroup=subgroup),
+                                       fields.act(y, rep, a), atol=1e-6)
+    restricted = fields.restrict(fields.quotient(P4M, [0, 4]), P4)
+    np.testing.assert_array_equal(restricted.matrices, fields.regular(P4).matrices)
+    with pytest.raises(ValueError, match="quotient needs a subgroup"):
+        pdo.group_pool(np.ones((1, 3, 3, 2, 8)), P4M, reduce, subgroup=[0, 1])
+    with pytest.raises(ValueError, match="takes regular fields of a Group"):
+        pdo.group_pool(np.ones((1, 3, 3, 2, 8)), fields.regular(P4M), reduce, subgroup=[0, 4])
+
+
+def test_spherical_mask():
+    """The inscribed disc or ball; every element that keeps the grid keeps it."""
+    assert pdo.spherical_mask((5,)).all() and pdo.spherical_mask((1, 1)).all()
+    for group, space in ((P4M, (7, 7)), (O_H, (4, 4, 4)), (P4M, (4, 6))):
+        mask = pdo.spherical_mask(space, 0.8)[None, ..., None, None] * np.ones(group.order)
+        for a in np.flatnonzero(group.preserves_grid):
+            if turn(mask, group, a).shape == mask.shape:
+                np.testing.assert_array_equal(turn(mask, group, a), mask)
+    assert 0.7 < pdo.spherical_mask((100, 100)).mean() / (np.pi / 4) < 1.05
+
+
+def test_any_number_of_axes_before_space():
+    """Fields [time, batch, *space, channels, d] give what one batch of all gives: convolutions, norms, pools, the rest."""
+    x, vector, regular = normal(2, 3, 4, 4, 2, 4), fields.standard(P4), fields.regular(P4)
+    layers = [pdo.GroupConv(2, P4, use_bias=True), pdo.PDOConv(2, regular, vector, transpose=True, strides=2),
+              pdo.GroupBatchNorm(P4, use_running_average=True), pdo.nonlinearities.FieldNorm(P4),
+              pdo.nonlinearities.NormNonlinearity(regular),
+              pdo.nonlinearities.FieldBatchNorm(regular, use_running_average=True)]
+    functions = [pdo.max_pool, pdo.mean_pool, pdo.blur_pool, pdo.upsample, pdo.group_pool,
+                 lambda x, _: pdo.norm_max_pool(x[..., :2], vector)]
+
+    def run(x):
+        return [layer.init_with_output(jax.random.key(0), x)[0] for layer in layers] + [f(x, P4) for f in functions]
+
+    found, expected = jit(run)(x), jit(run)(x.reshape(6, *x.shape[2:]))
+    for f, e in zip(found, expected, strict=True):
+        np.testing.assert_allclose(f, e.reshape(2, 3, *e.shape[1:]), atol=1e-5)

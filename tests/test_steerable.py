@@ -265,6 +265,37 @@ def test_continuous_groups(reflections, low, high, order):
     assert same_span(basis, again)
 
 
+@pytest.mark.parametrize("group, low, high, order", [
+    (groups.icosahedral(), 1, 2, 1), (groups.icosahedral(), 0, 1, 3), (groups.octahedral(), 0, 1, 1),
+    (groups.tetrahedral(), 0, 1, 0), (groups.icosahedral(True), 1, 1, 2), (groups.icosahedral(True), 0, 2, 1)], ids=str)
+def test_continuous_groups_of_space(group, low, high, order):
+    """What commutes with a solid's rotations commutes with all, at random ones, and with all reflections for O(3); there is
+    one operator for each way in which degrees of input, operator (all below its order, in twos) and output make a triangle."""
+    into, out = fields.band_limited(group, low, order), fields.band_limited(group, high, order)
+    basis, reflections = steerable.basis(into, out, order), (np.linalg.det(group.elements) < 0).any()
+
+    def continuous(matrix, most):
+        parts = []
+        for k in range(most + 1):
+            part = fields.harmonics(matrix[None], k)[0]
+            parts += [part, np.linalg.det(matrix) * part] if reflections else [part]
+        result, at = np.zeros((sum(map(len, parts)),) * 2), 0
+        for p in parts:
+            result[at:at + len(p), at:at + len(p)] = p
+            at += len(p)
+        return result
+
+    random = np.random.default_rng(0)
+    for _ in range(10):
+        matrix = np.linalg.qr(random.normal(size=(3, 3)))[0]
+        matrix, k = matrix if reflections else matrix * np.linalg.det(matrix), random.normal(size=3)
+        left = symbol(basis, 3, order, matrix @ k) @ continuous(matrix, low)
+        np.testing.assert_allclose(left, continuous(matrix, high) @ symbol(basis, 3, order, k), atol=1e-10)
+    ways = sum(abs(i - o) <= k <= i + o for degree in range(order + 1) for k in range(degree, -1, -2)
+               for i in range(low + 1) for o in range(high + 1))
+    assert len(basis) == ways * (2 if reflections else 1)
+
+
 def test_too_few_rotations_would_let_strangers_in():
     """Why band_limited insists: with 2 L + order rotations there are operators that no other angle allows."""
     def count(n, order=4):

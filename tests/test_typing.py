@@ -17,12 +17,14 @@ MODULES = ["pdo_jax", *(module.name for module in pkgutil.walk_packages(pdo_jax.
 WRONG = """\
 import jax.numpy as jnp
 import pdo_jax as pdo
+import pdo_jax.nnx as pnn
 group = pdo.groups.cyclic(8)
 pdo.GroupConv(features="8", group=group)  # wrong: type
 pdo.GroupBatchNorm()  # wrong: no group
 pdo.max_pool(jnp.zeros((1, 4, 4, 1, 8)), 8)  # wrong: no group
 pdo.LiftingConv(8, group, paddings=1)  # wrong: name
 pdo.LiftingConv(8, group, padding=1)
+pnn.GroupConv(8, 8, group)  # wrong: no rngs
 pdo.group_pool(jnp.zeros((1, 4, 4, 1, 8)), group).nothing  # wrong: an array has no such attribute
 """
 
@@ -70,6 +72,7 @@ def test_the_package_says_that_it_is_typed():
 def test_the_typed_program_runs(tmp_path):
     import typed_user
     assert typed_user.main(str(tmp_path)).shape == (2, 3)
+    assert typed_user.faces(pdo_jax.groups.cyclic(4))[1].shape == (1, 2, 2, 2, 4)
     assert len({group.order for group in typed_user.groups()}) == 4
     assert typed_user.representations(pdo_jax.groups.cyclic(3)).dim == 1 + 2 + 2 + 3
 

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import nnx
 
 import pdo_jax as pdo
+import pdo_jax.nnx as pnn
 from pdo_jax.fields import Representation
 from pdo_jax.groups import Group
 
@@ -55,6 +57,17 @@ def groups() -> list[Group]:
 def representations(group: Group) -> Representation:
     irreps: tuple[Representation, ...] = pdo.fields.irreps(group)
     return pdo.fields.direct_sum([*irreps, pdo.fields.standard(group), pdo.fields.quotient(group, [0])])
+
+
+def faces(group: Group) -> tuple[pnn.Face, jax.Array]:
+    rngs = nnx.Rngs(0)
+    lift = pnn.LiftingConv(1, 2, group, rngs=rngs, kernel_size=1, use_bias=True)
+    norm, drop = pnn.GroupBatchNorm(2, group, rngs=rngs), pnn.GroupDropout(0.1, group, rngs=rngs)
+    field: jax.Array = drop(norm(lift(jnp.ones((1, 2, 2, 1)))))
+    network: pnn.Face = pnn.load_pretrained("mnist_rot_best", rngs=rngs)
+    module, variables = network.to_linen()
+    assert isinstance(module, nn.Module) and lift.features == 2
+    return pnn.from_linen(module, variables), field
 
 
 def main(folder: str) -> jax.Array:
