@@ -68,7 +68,8 @@ def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None =
       ValueError: an unknown name, or a bad count of validation examples.
       DataError: the set can be neither read nor fetched; nothing half-written is left behind.
     """
-    if name.partition(":")[0] in own.KINDS and ":" in name:
+    kind, colon, _ = str(name).partition(":")
+    if colon and kind in own.KINDS:
         splits, classes, note = own.load(name, image_size, data_dir)
         splits = {split: _split(*splits[split]) if split in splits else None for split in SPLITS}
         train = splits["train"]
