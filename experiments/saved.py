@@ -4,6 +4,8 @@ A run is data: its network is built from names of this library and of packages t
 names is executed. Only a config file that the caller names is.
 """
 
+import itertools
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from experiments import check, datasets, programs, record, train
+from experiments import check, datasets, measures, programs, record, train
 from experiments.config import Config, ConfigError
-from experiments.datasets import pictures
+from experiments.datasets import DataError, pictures
 from experiments.workdir import TrainError, restore, saved_epochs
 from pdo_jax import architecture, networks, weights
+
+ANGLES = 500  # test images that are turned
 
 
 class Run(NamedTuple):
@@ -63,7 +67,21 @@ def test_error(config: Config, model: programs.Model, variables, data: datasets.
     mesh = programs.all_devices()
     evaluate_split = programs.evaluation_program(config, model, data.num_classes, mesh)
     confusion, loss = evaluate_split(programs.place(mesh, variables), data.test)
-    return {"test_error": train.error_rate(confusion), "test_loss": loss, "dataset": data.name}
+    n, wrong = int(confusion.sum()), int(confusion.sum() - np.trace(confusion))
+    images, labels = (array[:ANGLES] for array in data.test)
+    found = {"test_error": train.error_rate(confusion), "test_loss": loss, "dataset": data.name, "images": n,
+             "interval": measures.interval(wrong, n), "confusion": confusion.tolist(),
+             "classes": names(data.classes, confusion)}
+    if images.ndim == 4:
+        turned = measures.logits_at_angles(model, variables, images)
+        found["accuracy_at_angles"] = (turned.argmax(-1) == labels).mean(1).tolist()
+    return found
+
+
+def names(given, classes: Sized) -> list[str]:
+    """Of the classes: those that are given, if they fit, else their numbers."""
+    fit = isinstance(given, list | tuple) and len(given) == len(classes) and all(isinstance(name, str) for name in given)
+    return list(given) if fit else list(map(str, range(len(classes))))
 
 
 def export(path: str | Path, file: str | Path, config: Config | None = None):
@@ -74,8 +92,13 @@ def export(path: str | Path, file: str | Path, config: Config | None = None):
     weights.save(file, network, {name: {"inner": tree} for name, tree in jax.device_get(run.variables).items()})
 
 
-def predict(path: str | Path, image: str | Path, config: Config | None = None) -> np.ndarray:
-    """The probability of each class for an image file, brought to the size and the channels of the run's data set."""
+def predict(path: str | Path, files: Iterable[str | Path], config: Config | None = None,
+            batch: int = 64) -> tuple[list[str], Iterator[tuple[Path, np.ndarray | DataError]]]:
+    """The names of the classes, and for each image file its class probabilities [classes], or what is wrong with it.
+
+    Pictures are brought to the size and the channels of the run's data set; folders stand for all that is in them. `files` may
+    be a stream: results come as soon as `batch` pictures are there.
+    """
     run = load(path, config)
     if len(run.shape) != 3:
         raise TrainError(f"{path} takes volumes {list(run.shape)}, not pictures; ask it in Python, with saved.load")
@@ -83,8 +106,21 @@ def predict(path: str | Path, image: str | Path, config: Config | None = None) -
     if low < 0 or high > 1:
         raise TrainError(f"{path} was trained on numbers from {low:g} to {high:g}, and a picture has 0 to 1; ask it in Python, "
                          "with saved.load")
-    pixels = pictures.read(Path(image), run.shape)
-    return np.asarray(jax.nn.softmax(run.model.logits(run.variables, pixels[None], train=False)[0].astype(np.float32)))
+    logits = jax.jit(lambda x: jax.nn.softmax(run.model.logits(run.variables, x, train=False).astype(np.float32)))
+    classes = jax.eval_shape(logits, jax.ShapeDtypeStruct((1, *run.shape), np.float32)).shape[-1:]
+    return names(run.about["input"].get("classes"), np.empty(classes)), _predictions(logits, run.shape, files, batch)
+
+
+def _predictions(logits, shape, files, batch):
+    paths = (inside for file in files for inside in pictures.files(Path(file)))
+    while some := list(itertools.islice(paths, batch)):
+        read = pictures.try_each(some, lambda path: pictures.read(path, shape))
+        whole = [pixels for pixels in read if not isinstance(pixels, DataError)]
+        padded = np.zeros((1 if len(some) == 1 else batch, *shape), np.float32)  # two sizes, so that two programs serve all
+        padded[: len(whole)] = whole if whole else 0
+        found = iter(np.asarray(logits(padded))) if whole else iter(())
+        yield from ((path, pixels if isinstance(pixels, DataError) else next(found))
+                    for path, pixels in zip(some, read, strict=True))
 
 
 def load(path: str | Path, config: Config | None = None) -> Run:

@@ -386,7 +386,7 @@ def test_bytes_are_trained_on_and_predicted_in_one_range(tmp_path):
     wide = {name: split(3 * getattr(data, name).images - 1, getattr(data, name).labels) for name in SPLITS}
     train.train(make_config(epochs=1), tmp_path / "run", data._replace(**wide))
     with pytest.raises(TrainError, match="trained on numbers from -.*, and a picture has 0 to 1"):
-        saved.predict(tmp_path / "run", "any.png")
+        saved.predict(tmp_path / "run", ["any.png"])
 
 
 @pytest.mark.parametrize("values", [{"seed": 2**32}, {"eval_batch_size": 2**40}, {"epochs": 10**12}, {"batch_size": 2**33}])

@@ -73,7 +73,7 @@ def _folder(place, size, _):
         if unknown := sorted({inside.name for inside in _inside(folder)} - set(classes)):
             raise DataError(f"{folder} holds {unknown[0]!r}, which is no folder of a class of {parts['train']}; remove it")
         files[split] = [(path, label) for label, name in enumerate(classes)
-                        for path in sorted((folder / name).rglob("*")) if not _hidden(path, folder) and not path.is_dir()]
+                        for path in pictures.files(folder / name)]
     paths = [path for found in files.values() for path, _ in found]
     if not paths:
         raise DataError(f"the folders in {parts['train']} hold no pictures")
@@ -86,10 +86,6 @@ def _folder(place, size, _):
 
 def _inside(folder):
     return [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
-
-
-def _hidden(path, folder):
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _npz(place, size, _):

@@ -37,10 +37,10 @@ def read_all(paths: Sequence[Path], size: int | None, what: str) -> np.ndarray:
     Raises:
       DataError: files that cannot be read, all of them by name; several sizes, and no `size`; more than the memory holds.
     """
-    heads = _each(paths, _head, f"looking at {what}")
+    heads = try_each(paths, _head, f"looking at {what}")
     if wrong := _wrong(heads):  # what is cut short may have a whole head
         rest = [path for path, head in zip(paths, heads, strict=True) if not isinstance(head, DataError)]
-        _refuse(wrong + _wrong(_each(rest, lambda path: read(path, (1, 1, 1)), f"reading {what}")), len(paths))
+        _refuse(wrong + _wrong(try_each(rest, lambda path: read(path, (1, 1, 1)), f"reading {what}")), len(paths))
     sizes = sorted({head[0] for head in heads})
     if size is None and len(sizes) > 1:
         raise DataError(f"the pictures of {what} have {len(sizes)} sizes, from {sizes[0]} to {sizes[-1]} (height, width); say "
@@ -52,7 +52,7 @@ def read_all(paths: Sequence[Path], size: int | None, what: str) -> np.ndarray:
         raise DataError(f"{what} would take {total / 2**30:.1f} GiB as {len(paths)} arrays {shape}, and there are "
                         f"{memory / 2**30:.1f} GiB of memory; give a smaller image_size, or fewer pictures")
     images = np.empty((len(paths), *shape), np.float32)
-    done = _each(range(len(paths)), lambda k: np.copyto(images[k], read(paths[k], shape)), f"reading {what}")
+    done = try_each(range(len(paths)), lambda k: np.copyto(images[k], read(paths[k], shape)), f"reading {what}")
     _refuse(_wrong(done), len(paths))
     return images
 
@@ -63,8 +63,16 @@ def resized(image: np.ndarray, size: int) -> np.ndarray:
     return _stack([Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(values, -1, 0)], size, size)
 
 
-def _each(items: Sequence, function: Callable, words: str) -> list:
-    """The function of each, in threads; where it fails, its error."""
+def files(path: Path) -> list[Path]:
+    """The file itself, or all files in a folder and in those inside, in order; names that begin with a dot do not count."""
+    if not path.is_dir():
+        return [path]
+    return [inside for inside in sorted(path.rglob("*")) if not inside.is_dir()
+            and not any(part.startswith(".") for part in inside.relative_to(path).parts)]
+
+
+def try_each(items: Sequence, function: Callable, words: str | None = None) -> list:
+    """The function of each, in threads; where it fails, its error. A progress bar, if there are words for it."""
     def tried(item):
         try:
             return function(item)
@@ -72,7 +80,7 @@ def _each(items: Sequence, function: Callable, words: str) -> list:
             return error
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(tqdm(pool.map(tried, items), words, len(items), unit="picture", leave=False))
+        return list(tqdm(pool.map(tried, items), words, len(items), unit="picture", leave=False, disable=not words))
 
 
 def _wrong(results):
