@@ -164,7 +164,7 @@ def test_no_file_that_a_run_names_is_executed(run, tmp_path, monkeypatch, capsys
 
 
 def test_a_run_on_own_arrays_is_evaluated_on_them_or_not_at_all(run):
-    with pytest.raises(TrainError, match="trained on arrays that were handed over.*hand them over here too"):
+    with pytest.raises(TrainError, match="trained on arrays that were handed over.*name the config file"):
         saved.evaluate(run)
     with pytest.raises(TrainError, match="the test set of patterns here is not that of the run"):
         saved.evaluate(run, data=changed_data(test=make_data().validation))
