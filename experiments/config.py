@@ -39,8 +39,11 @@ class Config:
 
     network: nn.Module
     """Called as `network(images [n, H, W, C], train)`, gives logits [n, num_classes], or what `loss` compares to targets."""
-    dataset: str = "mnist_rot/subset"
-    """A name known to `experiments.datasets.load`."""
+    dataset: str | Callable = "mnist_rot/subset"
+    """A name known to `experiments.datasets.load`; data of your own, "folder:PATH", "npz:PATH" or "tfds:NAME[/config][:split]"
+    (see `datasets.own`); or a function without arguments that gives a `datasets.Dataset`."""
+    image_size: int | None = None
+    """Height and width that pictures of your own are brought to; None: they have one size."""
     data_dir: str | None = None
     """Where data sets are kept; None is the data sets' own default."""
     validation: int = 0
@@ -85,8 +88,8 @@ class Config:
 
 
 _LARGEST = 2**32 - 1  # what a random key is made of, and more than any count
-_AT_LEAST = {"validation": 0, "epochs": 1, "batch_size": 1, "l2": 0.0, "label_smoothing": 0.0, "ema": 0.0, "seed": 0,
-             "eval_batch_size": 1}
+_AT_LEAST = {"validation": 0, "image_size": 1, "epochs": 1, "batch_size": 1, "l2": 0.0, "label_smoothing": 0.0, "ema": 0.0,
+             "seed": 0, "eval_batch_size": 1}
 _BELOW = {"label_smoothing": 1.0, "ema": 1.0}
 
 
@@ -180,10 +183,10 @@ def _override(text: str) -> tuple[str, Any]:
     if not equals:
         raise ConfigError(f"--set takes key=value, got {text!r}")
     kind = _field(key).type
+    if key == "dataset":
+        return key, value
     if Callable in (kind, *typing.get_args(kind)) and float not in typing.get_args(kind) or kind in (nn.Module, Mapping):
         raise ConfigError(f"--set cannot give {key}, which is a Python object; write a config file that sets it")
-    if kind is str:
-        return key, value
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -204,7 +207,7 @@ def _checked(field: dataclasses.Field, value):
         raise ConfigError(f"{field.name} is {value!r} of type {type(value).__name__}; it must be {names}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{field.name} is {value}; it must be a finite number")
-    if field.name in _AT_LEAST and value < _AT_LEAST[field.name]:
+    if field.name in _AT_LEAST and value is not None and value < _AT_LEAST[field.name]:
         raise ConfigError(f"{field.name} is {value}; it must be at least {_AT_LEAST[field.name]}")
     if type(value) is int and value > _LARGEST:
         raise ConfigError(f"{field.name} is {value}; it must be at most {_LARGEST}")

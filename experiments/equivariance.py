@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 import pdo_jax as pdo
 from experiments import config, datasets, main, saved, train, workdir
 from experiments.baselines import MnistRotCNN
+from experiments.measures import full_turn, logits_at_angles, relative
 from pdo_jax import fields, groups, kernels, operators, steerable, stencils
 
 EPOCHS = 4
@@ -262,10 +263,7 @@ def against_angle(path: Path, networks: Mapping, split: datasets.Split, name: st
     rows = [f"| network | parameters | {name} accuracy | over all angles | lowest | highest less lowest "
             "| change of logits: 90° | 45° | mean |", "|---" * 9 + "|"]
     for label, (parameters, at_rest, model, variables) in networks.items():
-        logits = jax.jit(lambda x, model=model, variables=variables: model.outputs(variables, x, train=False))
-        parts = [slice(start, start + 500) for start in range(0, len(labels), 500)]
-        y = np.stack([np.concatenate([logits(groups.transform(jnp.asarray(images[part]), matrix)) for part in parts])
-                      for matrix in full_turn(turns)])
+        y = logits_at_angles(model, variables, images, turns)
         change = np.array([relative(at_angle, y[0]) for at_angle in y])
         accuracy = 100 * (y.argmax(-1) == labels).mean(1)
         left.plot(angles, accuracy, label=label, marker=".")
@@ -329,15 +327,6 @@ def fields_turned(path: Path):
             axes.set(xticks=[], yticks=[], title=f"{45 * column}°" if row == 0 else None)
         axes_row[0].set_ylabel(label)
     figure.savefig(path, dpi=80)
-
-
-def full_turn(turns: int) -> list[np.ndarray]:
-    """The rotations by 0, 360 / turns, … 360 degrees."""
-    return [*groups.cyclic(turns).elements, np.eye(2)]
-
-
-def relative(y: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(y - expected) / np.sqrt(np.sum(np.square(expected)) + 1e-300))
 
 
 def fitted_slope(h: Sequence[float], errors: Sequence[float]) -> float:

@@ -6,10 +6,12 @@ where a run was interrupted, and prints the result of one that is finished.
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import functools
 import gc
 import glob
+import json
 import math
 import os
 import re
@@ -69,6 +71,8 @@ def compatible(options: argparse.Namespace):
         raise Refused(f"--workdir does not go with --{asks[0]}, which names the run itself")
     if options.predict and not options.workdir:
         raise Refused("--predict needs a trained run: give its folder with --workdir")
+    if options.format != "text" and not options.predict:
+        raise Refused("--format is for --predict; give both or none")
     if asks and options.set and not options.config:
         raise Refused(f"--set changes a config; with --{asks[0]} name its file too, with --config")
     if asks in (["pack"], ["unpack"]) and options.config:
@@ -97,13 +101,11 @@ def work(options: argparse.Namespace):
         if options.export:
             saved.export(*options.export, given)
         elif options.predict:
-            probabilities = saved.predict(options.workdir, options.predict, given)
-            for label in probabilities.argsort()[::-1]:
-                print(f"class {label}: {probabilities[label]:.4f}")
+            stream = (file for given in options.predict for file in (map(str.rstrip, sys.stdin) if given == "-" else [given]))
+            one = len(options.predict) == 1 and options.predict != ["-"] and not Path(*options.predict).is_dir()
+            answer(*saved.predict(options.workdir, stream, given), options.format, heads=not one)
         else:
-            result = saved.evaluate(options.evaluate, given)
-            epoch = f"epoch {result['epoch']}: " if result["epoch"] else ""
-            print("{}test error {test_error:.2%} on {dataset}".format(epoch, **result))
+            told(saved.evaluate(options.evaluate, given))
         return
     file = Path(options.config or QUICK).absolute()
     workdir = Path(options.workdir or Path("runs", "-".join([file.stem, *options.set]).replace(os.sep, "_")))
@@ -142,13 +144,61 @@ def report(result: Mapping | None, workdir: Path):
     if "test_error" in result:
         print(f"test error: {result['test_error']:.2%} of {result['images']['test']} images, after the last epoch")
     else:
-        told = [f"{name.removeprefix('test_')} {value:.4g}" for name, value in result.items() if name.startswith("test_")]
-        print(f"test {', '.join(told)}, over {result['images']['test']} examples, after the last epoch")
+        print(f"{scores(result)} of {result['images']['test']} examples, after the last epoch")
     if errors := result.get("equivariance_error"):
         print("equivariance error: how far each turn of the images moves the trained network's logits, relatively:")
         print("  " + "  ".join(f"{name}: {error:.1e}" for name, error in errors.items()))
     print("figures: " + "  ".join(result["figures"]))
     print(f"all of the run: {workdir}/ (result.json, metrics.jsonl, tensorboard/, checkpoints/)")
+
+
+def answer(classes: Sequence[str], predictions, form: str, heads: bool):
+    """Prints class probabilities, for a reader, as CSV, or as lines of JSON; files that cannot be read go to standard error."""
+    table, wrong, count = csv.writer(sys.stdout), 0, 0
+    if form == "csv":
+        table.writerow(["file", "class", *classes])
+    for path, found in predictions:
+        count += 1
+        if isinstance(found, Exception):
+            wrong += 1
+            boundary.say(str(found))
+            continue
+        best = classes[found.argmax()]
+        if form == "csv":
+            table.writerow([path, best, *(f"{p:.6f}" for p in found)])
+        elif form == "jsonl":
+            each = dict(zip(classes, map(float, found), strict=True))
+            print(json.dumps({"file": str(path), "class": best, "probabilities": each}))
+        else:
+            lines = [f"class {classes[k]}: {found[k]:.4f}" for k in found.argsort()[::-1]]
+            print(*[f"{path}:"][:heads], *lines, sep="\n")
+        sys.stdout.flush()
+    if wrong:
+        raise Refused(f"{wrong} of {count} files could not be read")
+
+
+def told(result: Mapping):
+    """Prints what an evaluation found."""
+    epoch = f"epoch {result['epoch']}: " if result["epoch"] else ""
+    if "interval" not in result:
+        print(f"{epoch}{scores(result)} of {result['images']} examples on {result['dataset']}")
+        return
+    low, high = result["interval"]
+    print(f"{epoch}test error {result['test_error']:.2%} of {result['images']} images ({low:.2%} to {high:.2%} with 95 %) "
+          f"on {result['dataset']}")
+    if len(classes := result["classes"]) <= 20:
+        cells = [["", *classes], *([name, *map(str, row)] for name, row in zip(classes, result["confusion"], strict=True))]
+        width = 1 + max(len(cell) for row in cells for cell in row)
+        print("confusion, a row for each class, a column for each answer:")
+        print("\n".join("".join(cell.rjust(width) for cell in row) for row in cells))
+    if angles := result.get("accuracy_at_angles"):
+        turns, first = len(angles) - 1, min(result["images"], 500)
+        print(f"accuracy on the first {first} of them at {turns} angles: {sum(angles[1:]) / turns:.2%} in the mean, "
+              f"{min(angles):.2%} at the lowest, {max(angles):.2%} at the highest")
+
+
+def scores(result: Mapping) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result.items() if name.startswith("test_"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -163,7 +213,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--pack", type=Path, nargs=2, metavar=("RUN", "FILE"), help="the run in a file, to go on elsewhere")
     parser.add_argument("--unpack", type=Path, nargs=2, metavar=("FILE", "RUN"), help="the folder of a run from such a file")
     parser.add_argument("--export", type=Path, nargs=2, metavar=("RUN", "FILE"), help="the network for pdo_jax.export.load")
-    parser.add_argument("--predict", type=Path, metavar="IMAGE", help="class probabilities, from the run at --workdir")
+    parser.add_argument("--predict", nargs="+", metavar="IMAGE",
+                        help="class probabilities from the run at --workdir: of pictures, folders, or - for paths from stdin")
+    parser.add_argument("--format", choices=["text", "csv", "jsonl"], default="text", help="of --predict")
     parser.add_argument("--distributed", action="store_true", help="one of several processes that train together")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; found by itself on TPU")
     parser.add_argument("--num-processes", type=int)

@@ -1,4 +1,4 @@
-"""What is said of a trained network: how far its outputs move, or fail to turn, when the group turns the images."""
+"""What is said of a trained network: its error, and how its outputs change when the images turn."""
 
 import math
 
@@ -7,6 +7,34 @@ import jax.numpy as jnp
 import numpy as np
 
 import pdo_jax as pdo
+
+
+def interval(wrong: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share: what error the network may have on all images of which n were drawn.
+
+    >>> [round(x, 4) for x in interval(5, 100)]
+    [0.0215, 0.1118]
+    """
+    z, share = 1.959964, wrong / n
+    centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def logits_at_angles(model, variables, images, turns: int = 24) -> np.ndarray:
+    """[turns + 1, n, classes]: for images [n, height, width, channels] turned by 0, 360 / turns, … 360 degrees, cubically."""
+    logits = jax.jit(lambda x: model.outputs(variables, x, train=False))
+    parts = [jnp.asarray(images[start : start + 500]) for start in range(0, len(images), 500)]
+    return np.stack([np.concatenate([logits(pdo.groups.transform(part, matrix)) for part in parts])
+                     for matrix in full_turn(turns)])
+
+
+def full_turn(turns: int) -> list[np.ndarray]:
+    """The rotations by 0, 360 / turns, … 360 degrees."""
+    return [*pdo.groups.cyclic(turns).elements, np.eye(2)]
+
+
+def relative(y: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(y - expected) / np.sqrt(np.sum(np.square(expected)) + 1e-300))
 
 
 def equivariance_error(model, variables, images) -> dict[str, float] | None:

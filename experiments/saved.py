@@ -4,22 +4,22 @@ A run is data: its network is built from names of this library and of packages t
 names is executed. Only a config file that the caller names is.
 """
 
-import stat
+import itertools
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from experiments import check, datasets, losses, programs, record, train
+from experiments import check, datasets, losses, measures, programs, record, train
 from experiments.config import Config, ConfigError, describe
+from experiments.datasets import DataError, pictures
 from experiments.workdir import TrainError, restore, saved_epochs
 from pdo_jax import architecture, networks, weights
 
-PICTURES = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # formats whose readers run no other program
-LARGEST = 50_000_000  # pixels of a picture
+ANGLES = 500  # test images that are turned
 
 
 class Run(NamedTuple):
@@ -45,9 +45,9 @@ def evaluate(path: str | Path, config: Config | None = None, data: datasets.Data
     if str(path) in networks.PRETRAINED and not Path(path).exists():
         return evaluate_pretrained(str(path))
     run = load(path, config)
-    if data is None and run.about["input"]["own"]:
-        raise TrainError(f"{path} was trained on arrays that were handed over, not on a data set with a name; hand them over "
-                         "here too: saved.evaluate(run, data=...)")
+    if data is None and run.about["input"]["own"] and not callable(run.config.dataset):
+        raise TrainError(f"{path} was trained on arrays that were handed over or made by a function, not on a data set with a "
+                         "name; name the config file with --config, or hand them over: saved.evaluate(run, data=...)")
     data = check.data(data or train.load_data(run.config))
     there, here = run.about["record"]["data"], record.data_of(data)
     if there.get("test") != here["test"]:
@@ -65,8 +65,25 @@ def evaluate_pretrained(name: str) -> dict:
 
 def test_error(config: Config, model: programs.Model, variables, data: datasets.Dataset) -> dict:
     mesh = programs.all_devices()
-    numbers, _ = programs.evaluation_program(config, model, mesh)(programs.place(mesh, variables), data.test)
-    return {f"test_{name}": value for name, value in numbers.items()} | {"dataset": data.name}
+    numbers, totals = programs.evaluation_program(config, model, mesh)(programs.place(mesh, variables), data.test)
+    images, labels = (array[:ANGLES] for array in data.test)
+    found = {f"test_{name}": value for name, value in numbers.items()} | {"dataset": data.name, "images": len(data.test.labels)}
+    if labels.ndim > 1 or "error" not in totals:
+        return found
+    confusion = totals["error"]
+    n, wrong = int(confusion.sum()), int(confusion.sum() - np.trace(confusion))
+    found |= {"interval": measures.interval(wrong, n), "confusion": confusion.tolist(),
+              "classes": names(data.classes, confusion)}
+    if images.ndim == 4:
+        turned = measures.logits_at_angles(model, variables, images)
+        found["accuracy_at_angles"] = (turned.argmax(-1) == labels).mean(1).tolist()
+    return found
+
+
+def names(given, classes: Sized) -> list[str]:
+    """Of the classes: those that are given, if they fit, else their numbers."""
+    fit = isinstance(given, list | tuple) and len(given) == len(classes) and all(isinstance(name, str) for name in given)
+    return list(given) if fit else list(map(str, range(len(classes))))
 
 
 def export(path: str | Path, file: str | Path, config: Config | None = None):
@@ -77,8 +94,13 @@ def export(path: str | Path, file: str | Path, config: Config | None = None):
     weights.save(file, network, {name: {"inner": tree} for name, tree in jax.device_get(run.variables).items()})
 
 
-def predict(path: str | Path, image: str | Path, config: Config | None = None) -> np.ndarray:
-    """The probability of each class for an image file, brought to the size and the channels of the run's data set."""
+def predict(path: str | Path, files: Iterable[str | Path], config: Config | None = None,
+            batch: int = 64) -> tuple[list[str], Iterator[tuple[Path, np.ndarray | DataError]]]:
+    """The names of the classes, and for each image file its class probabilities [classes], or what is wrong with it.
+
+    Pictures are brought to the size and the channels of the run's data set; folders stand for all that is in them. `files` may
+    be a stream: results come as soon as `batch` pictures are there.
+    """
     run = load(path, config)
     if len(run.shape) != 3:
         raise TrainError(f"{path} takes volumes {list(run.shape)}, not pictures; ask it in Python, with saved.load")
@@ -86,8 +108,23 @@ def predict(path: str | Path, image: str | Path, config: Config | None = None) -
     if low < 0 or high > 1:
         raise TrainError(f"{path} was trained on numbers from {low:g} to {high:g}, and a picture has 0 to 1; ask it in Python, "
                          "with saved.load")
-    pixels = read_picture(Path(image), run.shape)
-    return np.asarray(jax.nn.softmax(run.model.outputs(run.variables, pixels[None], train=False)[0].astype(np.float32)))
+    logits = jax.jit(lambda x: jax.nn.softmax(run.model.outputs(run.variables, x, train=False).astype(np.float32)))
+    _, *classes = jax.eval_shape(logits, jax.ShapeDtypeStruct((1, *run.shape), np.float32)).shape
+    if len(classes) != 1:
+        raise TrainError(f"{path} gives {classes} numbers for a picture, and no class; ask it in Python, with saved.load")
+    return names(run.about["input"].get("classes"), np.empty(classes)), _predictions(logits, run.shape, files, batch)
+
+
+def _predictions(logits, shape, files, batch):
+    paths = (inside for file in files for inside in pictures.files(Path(file)))
+    while some := list(itertools.islice(paths, batch)):
+        read = pictures.try_each(some, lambda path: pictures.read(path, shape))
+        whole = [pixels for pixels in read if not isinstance(pixels, DataError)]
+        padded = np.zeros((1 if len(some) == 1 else batch, *shape), np.float32)  # two sizes, so that two programs serve all
+        padded[: len(whole)] = whole if whole else 0
+        found = iter(np.asarray(logits(padded))) if whole else iter(())
+        yield from ((path, pixels if isinstance(pixels, DataError) else next(found))
+                    for path, pixels in zip(some, read, strict=True))
 
 
 def load(path: str | Path, config: Config | None = None) -> Run:
@@ -128,7 +165,8 @@ def config_of(saved: dict, workdir: Path, given: Config | None) -> Config:
         if grave:
             raise TrainError(f"{workdir} holds a run of another config. They differ in\n  " + "\n  ".join(grave))
         return given
-    plain = {key: saved["config"][key] for key in ("dataset", "validation", "dtype", "ema", "eval_batch_size", "parallel")
+    plain = {key: saved["config"][key] for key in ("dataset", "validation", "dtype", "ema", "eval_batch_size", "parallel",
+                                                       "image_size")
              if key in saved["config"]}
     folder = saved["config"].get("data_dir")
     if isinstance(folder, str) and isinstance(plain.get("dataset"), str) and Path(folder, plain["dataset"]).is_dir():
@@ -141,53 +179,3 @@ def config_of(saved: dict, workdir: Path, given: Config | None) -> Config:
     except (ValueError, ConfigError) as error:
         raise TrainError(f"the run in {workdir} cannot be built from its config.json alone: {error}\nIf you trust the config "
                          "file that it was made with, name it: --config FILE") from error
-
-
-def read_picture(path: Path, shape) -> np.ndarray:
-    """[height, width, channels] float32 in [0, 1] of an image file, as `shape` says.
-
-    Raises:
-      TrainError: no plain file of a known format; more pixels than `LARGEST`, or a mode that has no one meaning here.
-    """
-    height, width, channels = shape
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise TrainError(f"cannot read the image {path}: it is no file, but a folder, a pipe or a device")
-        with Image.open(path, formats=PICTURES) as picture:
-            if picture.width * picture.height > LARGEST:
-                raise Image.DecompressionBombError
-            if getattr(picture, "n_frames", 1) != 1:
-                raise TrainError(f"{path} holds {picture.n_frames} pictures; give a file with one")
-            planes = _planes(ImageOps.exif_transpose(picture), channels, path)
-    except TrainError:
-        raise
-    except Image.DecompressionBombError:
-        raise TrainError(f"{path} has more than {LARGEST:,} pixels; give a smaller one") from None
-    except UnidentifiedImageError as error:
-        raise TrainError(f"{path} is not an image file that can be read; give a PNG or JPEG") from error
-    except OSError as error:
-        raise TrainError(f"cannot read the image {path}: {error.strerror or error}") from error
-    except Exception as error:  # what readers of formats raise on damaged files
-        raise TrainError(f"cannot read the image {path}: {type(error).__name__}: {str(error)[:200]}") from error
-    planes = [plane.resize((width, height), Image.Resampling.BOX) for plane in planes]  # the mean of pixels that fall together
-    return np.stack([np.asarray(plane, np.float32) for plane in planes], -1)
-
-
-def _planes(picture, channels, path):
-    """A picture of mode F with values in [0, 1] for each channel."""
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        if picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-            raise TrainError(f"{path} is transparent in parts, and what lies behind them is not known; save it without alpha")
-    if picture.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-        values = np.asarray(picture, np.float32) / (1 if picture.mode == "F" else 65535)
-        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            raise TrainError(f"{path} has numbers outside 0 … {1 if picture.mode == 'F' else 65535}; bring them into it")
-        bands = [values] * channels
-    elif picture.mode in ("CMYK", "LAB", "HSV", "YCbCr"):
-        raise TrainError(f"{path} is a picture in {picture.mode}; save it in RGB or grey")
-    else:
-        if "A" in picture.getbands() or picture.mode == "P":
-            picture = picture.convert("RGB")
-        bytes_ = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.float32) / 255
-        bands = np.moveaxis(bytes_.reshape(*bytes_.shape[:2], channels), -1, 0)
-    return [Image.fromarray(np.ascontiguousarray(band)) for band in bands]

@@ -58,8 +58,8 @@ def train(
     began = time.perf_counter()
     workdir, writes = Path(workdir).absolute(), jax.process_index() == 0
     with opened(workdir, writes):
-        own = data is not None
-        data = check.data(data if own else load_data(config))
+        own = data is not None or callable(config.dataset)
+        data = check.data(data or load_data(config))
         model = programs.make_model(config, *config.moments(data.train.images))
         known = record.of(config, data, source)
         record.agree(known)
@@ -72,7 +72,7 @@ def train(
         if writes:
             values = data.train.images
             inputs = {"shape": shape, "mean": model.mean.tolist(), "deviation": model.deviation.tolist(),
-                      "range": [float(values.min()), float(values.max())], "own": own}
+                      "range": [float(values.min()), float(values.max())], "own": own, "classes": data.classes}
             with writing(workdir / "config.json", workdir):
                 write_json(workdir / "config.json", {"record": known, "input": inputs, "forced": forced, "source": source})
 
@@ -153,6 +153,11 @@ def time_for_more(began: float, minutes: float, history: Sequence[Mapping], comp
 
 def load_data(config: Config) -> datasets.Dataset:
     try:
-        return datasets.load(config.dataset, validation=config.validation, data_dir=config.data_dir)
+        if not callable(config.dataset):
+            options = dict(validation=config.validation, data_dir=config.data_dir, image_size=config.image_size)
+            return datasets.load(config.dataset, **options)
+        if isinstance(given := config.dataset(), datasets.Dataset):
+            return datasets.hold_out(given, config.validation)
+        raise TrainError(f"the function dataset gives {given!r:.100}; expected a datasets.Dataset")
     except ValueError as error:
         raise TrainError(str(error)) from error

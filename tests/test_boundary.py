@@ -22,7 +22,7 @@ from test_train import Net, final_state, make_config, make_data, shift
 from experiments import boundary, check, main, record, saved, together, train, workdir
 from experiments.boundary import Refused
 from experiments.config import ConfigError, load, make, piecewise, warmup_cosine
-from experiments.datasets import SPLITS, DataError, Split, store
+from experiments.datasets import SPLITS, DataError, Split, pictures, store
 from experiments.workdir import TrainError
 
 ROOT = Path(__file__).parents[1]
@@ -164,7 +164,7 @@ def test_no_file_that_a_run_names_is_executed(run, tmp_path, monkeypatch, capsys
 
 
 def test_a_run_on_own_arrays_is_evaluated_on_them_or_not_at_all(run):
-    with pytest.raises(TrainError, match="trained on arrays that were handed over.*hand them over here too"):
+    with pytest.raises(TrainError, match="trained on arrays that were handed over.*name the config file"):
         saved.evaluate(run)
     with pytest.raises(TrainError, match="the test set of patterns here is not that of the run"):
         saved.evaluate(run, data=changed_data(test=make_data().validation))
@@ -386,7 +386,7 @@ def test_bytes_are_trained_on_and_predicted_in_one_range(tmp_path):
     wide = {name: split(3 * getattr(data, name).images - 1, getattr(data, name).labels) for name in SPLITS}
     train.train(make_config(epochs=1), tmp_path / "run", data._replace(**wide))
     with pytest.raises(TrainError, match="trained on numbers from -.*, and a picture has 0 to 1"):
-        saved.predict(tmp_path / "run", "any.png")
+        saved.predict(tmp_path / "run", ["any.png"])
 
 
 @pytest.mark.parametrize("values", [{"seed": 2**32}, {"eval_batch_size": 2**40}, {"epochs": 10**12}, {"batch_size": 2**33}])
@@ -420,8 +420,8 @@ def test_pictures_are_scaled_by_their_depth(tmp_path):
         picture(tmp_path / "a.png", np.stack([grey, grey, grey, opaque], -1)),
         picture(tmp_path / "la.png", np.stack([grey, opaque], -1)),
     ):
-        np.testing.assert_allclose(saved.read_picture(path, (8, 8, 1)), expected, atol=1e-6, err_msg=path.name)
-        assert saved.read_picture(path, (4, 2, 3)).shape == (4, 2, 3)
+        np.testing.assert_allclose(pictures.read(path, (8, 8, 1)), expected, atol=1e-6, err_msg=path.name)
+        assert pictures.read(path, (4, 2, 3)).shape == (4, 2, 3)
 
 
 def bomb(path):
@@ -462,8 +462,8 @@ def test_pictures_without_one_meaning_are_refused_before_they_are_read(tmp_path)
         (tmp_path / "none.png", "No such file"),
         (bomb(tmp_path / "bomb.png"), "has more than 50,000,000 pixels"),
     ]:
-        with pytest.raises(TrainError, match=message):
-            saved.read_picture(path, (8, 8, 1))
+        with pytest.raises(DataError, match=message):
+            pictures.read(path, (8, 8, 1))
 
 
 # The command line

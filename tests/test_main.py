@@ -1,5 +1,7 @@
 """The command line, and what it sets up for the process."""
 
+import csv
+import io
 import json
 import os
 import subprocess
@@ -29,7 +31,11 @@ def test_the_command_line_trains_evaluates_and_predicts(tmp_path, capsys, monkey
     assert f"test error: {result['test_error']:.2%} of 1000 images" in output and "curves.png" in output
     for path in (workdir, f"{workdir}/checkpoints", f"{workdir}/checkpoints/1"):
         assert main.main(["--evaluate", path]) == 0
-        assert f"epoch 1: test error {result['test_error']:.2%} on mnist_rot/subset" in capsys.readouterr().out
+        output = capsys.readouterr().out
+        assert f"epoch 1: test error {result['test_error']:.2%} of 1000 images (" in output and "95 %) on mnist" in output
+        assert "accuracy on the first 500 of them at 24 angles" in output
+    confusion = np.array([line.split()[1:] for line in output.splitlines()[3:13]], int)
+    assert confusion.sum() == 1000 and 1 - np.trace(confusion) / 1000 == pytest.approx(result["test_error"])
 
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
     Image.fromarray(pixels).save("digit.png")
@@ -37,9 +43,31 @@ def test_the_command_line_trains_evaluates_and_predicts(tmp_path, capsys, monkey
     config, model, variables, _, _ = saved.load(workdir)
     expected = jax.nn.softmax(model.outputs(variables, pixels[None, :, :, None] / np.float32(255), train=False))[0]
     for image in ("digit.png", "colour.png"):
-        np.testing.assert_allclose(saved.predict(workdir, image), expected, rtol=1e-4)
+        classes, predicted = saved.predict(workdir, [image])
+        np.testing.assert_allclose(next(predicted)[1], expected, rtol=1e-4)
+        assert classes == list("0123456789")
         assert main.main(["--workdir", workdir, "--predict", image]) == 0
         assert f"class {expected.argmax()}: {expected.max():.4f}" in capsys.readouterr().out.splitlines()[0]
+
+    Path("many/deep").mkdir(parents=True)
+    turned = [np.rot90(pixels, k) for k in range(3)]
+    for k, image in enumerate(turned):
+        Image.fromarray(image).save(f"many/deep/{k}.png")
+    Path("many/9.png").write_text("not an image")
+    monkeypatch.setattr("sys.stdin", io.StringIO("many/deep/0.png\nmany\n"))
+    order = [0, 0, 1, 2]  # the first one, and the folder
+    assert main.main(["--workdir", workdir, "--format", "csv", "--predict", "-"]) == 2
+    output, errors = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(output)))
+    assert [row["file"] for row in rows] == [f"many/deep/{k}.png" for k in order]
+    assert "9.png is not an image" in errors and "1 of 5 files could not be read" in errors
+    assert main.main(["--workdir", workdir, "--format", "jsonl", "--predict", "many/deep", "digit.png"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    logits = model.outputs(variables, np.stack([*turned, pixels])[..., None] / np.float32(255), train=False)
+    for line, p in zip(lines, np.asarray(jax.nn.softmax(logits)), strict=True):
+        np.testing.assert_allclose([line["probabilities"][str(k)] for k in range(10)], p, rtol=1e-3, atol=1e-5)
+        assert line["class"] == str(p.argmax())
+    assert [row["class"] for row in rows] == [lines[k]["class"] for k in order]
 
     assert main.main(["--export", workdir, "small.safetensors"]) == 0
     network, exported = pdo.export.load("small.safetensors")
@@ -51,7 +79,8 @@ def test_the_command_line_trains_evaluates_and_predicts(tmp_path, capsys, monkey
         (["--predict", "digit.png"], "--predict needs a trained run"),
         (["--workdir", workdir, "--predict", "none.png"], "cannot read the image none.png: No such file"),
         (["--workdir", workdir, "--predict", "text.png"], "text.png is not an image file"),
-        (["--workdir", workdir, "--predict", "."], "cannot read the image .: it is no file, but a folder"),
+        (["--workdir", workdir, "--predict", "/dev/null"], "cannot read the image /dev/null: it is no file, but"),
+        (["--workdir", workdir, "--format", "csv"], "--format is for --predict"),
         (["--evaluate", "elsewhere"], "elsewhere is no folder of a run"),
         (["--evaluate", f"{workdir}/checkpoints/7"], "has no checkpoint 7; it has those of the epochs [1]"),
         (["--evaluate", workdir, "--config", "small.py"], "They differ in\n  seed: 3 there, 0 here"),

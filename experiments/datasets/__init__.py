@@ -1,6 +1,6 @@
 """Data sets as arrays in memory (`load`), and their augmentations as jitted functions (`augment`)."""
 
 from .sources import DataError
-from .store import SPLITS, Dataset, Split, load
+from .store import SPLITS, Dataset, Split, hold_out, load
 
-__all__ = ["SPLITS", "DataError", "Dataset", "Split", "load"]
+__all__ = ["SPLITS", "DataError", "Dataset", "Split", "hold_out", "load"]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import shapes3d
+from . import own, shapes3d
 from .sources import DataError
 
 SUBSET = Path(__file__).with_name("mnist_rot_subset.npz")
@@ -51,27 +51,42 @@ class Dataset(NamedTuple):
     test: Split
     num_classes: int | None  # None where the labels are numbers
     note: str  # provenance
+    classes: tuple[str, ...] = ()  # their names, if they have any
 
 
-def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None = None) -> Dataset:
+def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None = None,
+         image_size: int | None = None) -> Dataset:
     """Reads a data set into memory; the first time it is fetched and prepared, with progress bars.
 
     Args:
       name: "mnist_rot/subset" (embedded, needs no network), "mnist_rot/official", "mnist_rot/regenerated", "cifar10",
-        "cifar100", "shapes3d" and "shapes3d/turned" (generated, volumes [n, D, H, W, C]; see `shapes3d`), or "flow/4",
-        "flow/16", "flow/64" (simulated, velocities [n, 64, 64, 1, 2] and their changes, of so many trajectories; see `flow`).
+        "cifar100", "shapes3d" and "shapes3d/turned" (generated, volumes [n, D, H, W, C]; see `shapes3d`), "flow/4", "flow/16"
+        and "flow/64" (simulated, velocities [n, 64, 64, 1, 2] and their changes, of so many trajectories; see `flow`); or data
+        of your own, "folder:PATH", "npz:PATH", "tfds:NAME[/config][:split]", see `own`.
       validation: how many examples, from the end of the train split, to set apart; 0 trains on all of it.
       data_dir: where prepared sets lie, and in its folder `manual` the archives put there by hand. Default: the
-        environment variable PDO_DATA_DIR, or ~/.cache/pdo_jax.
+        environment variable PDO_DATA_DIR, or ~/.cache/pdo_jax; for tfds: that of tensorflow-datasets.
+      image_size: height and width that pictures of your own are brought to.
 
     Raises:
       ValueError: an unknown name, or a bad count of validation examples.
       DataError: the set can be neither read nor fetched; nothing half-written is left behind.
     """
+    kind, colon, _ = str(name).partition(":")
+    if colon and kind in own.KINDS:
+        splits, classes, note = own.load(name, image_size, data_dir)
+        splits = {split: _split(*splits[split]) if split in splits else None for split in SPLITS}
+        train = splits["train"]
+        empty = Split(train.images[:0], train.labels[:0])
+        given = Dataset(name, train, splits["validation"] or empty, splits["test"], len(classes), note, classes)
+        return hold_out(given, validation)
+    if image_size is not None:
+        raise ValueError(f"image_size is for pictures of your own (folder:PATH, tfds:NAME); {name} has its size")
     if name not in CLASSES:
         close = difflib.get_close_matches(str(name), CLASSES, n=1, cutoff=0.3)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown data set {name!r}; the data sets are {', '.join(CLASSES)}.{hint}")
+        raise ValueError(f"unknown data set {name!r}; the data sets are {', '.join(CLASSES)}, "
+                         f"folder:PATH, npz:PATH and tfds:NAME.{hint}")
     if name == "mnist_rot/subset":
         with np.load(SUBSET) as arrays:
             splits = {split: (arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in ("train", "test")}
@@ -88,11 +103,21 @@ def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None =
             pairs = int(name.partition("/")[2]) * len(splits["train"][0]) // 64
             splits["train"] = tuple(array[:pairs] for array in splits["train"])
     train, test = _split(*splits["train"]), _split(*splits["test"])
-    n = len(train.labels)
+    empty = Split(train.images[:0], train.labels[:0])
+    return hold_out(Dataset(name, train, empty, test, CLASSES[name], note), validation)
+
+
+def hold_out(given: Dataset, validation: int) -> Dataset:
+    """The data set with so many validation examples from the end of its train split."""
+    n = len(given.train.labels)
     if isinstance(validation, bool) or not isinstance(validation, int) or not 0 <= validation < n:
-        raise ValueError(f"validation must be a whole number from 0 to {n - 1} for {name}, got {validation!r}")
-    held, train = Split(*(a[n - validation :] for a in train)), Split(*(a[: n - validation] for a in train))
-    return Dataset(name, train, held, test, CLASSES[name], note)
+        raise ValueError(f"validation must be a whole number from 0 to {n - 1} for {given.name}, got {validation!r}")
+    if not validation:
+        return given
+    if len(given.validation.labels):
+        raise ValueError(f"{given.name} has a validation set of its own, of {len(given.validation.labels)}; set validation=0")
+    held, train = (Split(*(a[part] for a in given.train)) for part in (slice(n - validation, n), slice(n - validation)))
+    return given._replace(train=train, validation=held)
 
 
 def _prepared(name: str, root: Path) -> Path:
