@@ -229,7 +229,7 @@ class PDOConv(Frozen):
         sizes = stencils.axes_of("kernel_size", self.kernel_size, self.in_rep.group.dim)
         order = min(min(sizes) - 1, 2) if self.order is None else self.order
         reps = (self.out_rep, self.in_rep) if self.transpose else (self.in_rep, self.out_rep)
-        return _steerable_coefficients(*reps, order, sizes, stencils.same(self.scheme), self.spacing and tuple(self.spacing))
+        return _steerable_coefficients(*reps, order, sizes, stencils.same(self.scheme), self.spacing)
 
 
 class _SteerableCoefficients:

@@ -263,3 +263,14 @@ def test_any_number_of_axes_before_space():
     found, expected = jit(run)(x), jit(run)(x.reshape(6, *x.shape[2:]))
     for f, e in zip(found, expected, strict=True):
         np.testing.assert_allclose(f, e.reshape(2, 3, *e.shape[1:]), atol=1e-5)
+
+
+def test_pools_of_masked_fields():
+    """As docs/escnn.md says: the mean of what a mask keeps is a ratio of two pools, the maximum one with -inf elsewhere."""
+    x, mask = normal(2, 6, 6, 2, 4), np.random.default_rng(0).random((2, 6, 6, 1, 1)) < 0.7
+    mask[:, ::2, ::2] = True  # no window is empty
+    box = lambda a: np.asarray(a).reshape(2, 3, 2, 3, 2, *a.shape[3:])
+    kept = np.ma.array(box(x), mask=~np.broadcast_to(box(mask), box(x).shape))
+    mean = pdo.mean_pool(x * mask, P4) / pdo.mean_pool(mask, fields.trivial(P4))
+    np.testing.assert_allclose(mean, kept.mean((2, 4)), atol=1e-5)
+    np.testing.assert_allclose(pdo.max_pool(jnp.where(mask, x, -jnp.inf), P4), kept.max((2, 4)))

@@ -4,6 +4,7 @@ from pdo_jax.nnx import networks
 from pdo_jax.nnx.face import Face, from_linen
 from pdo_jax.nnx.layers import (
     FieldBatchNorm,
+    FieldNorm,
     GatedNonlinearity,
     GroupBatchNorm,
     GroupConv,
@@ -14,5 +15,5 @@ from pdo_jax.nnx.layers import (
 )
 from pdo_jax.nnx.networks import load_pretrained
 
-__all__ = ["Face", "FieldBatchNorm", "GatedNonlinearity", "GroupBatchNorm", "GroupConv", "GroupDropout", "LiftingConv",
-           "NormNonlinearity", "PDOConv", "from_linen", "load_pretrained", "networks"]
+__all__ = ["Face", "FieldBatchNorm", "FieldNorm", "GatedNonlinearity", "GroupBatchNorm", "GroupConv", "GroupDropout",
+           "LiftingConv", "NormNonlinearity", "PDOConv", "from_linen", "load_pretrained", "networks"]

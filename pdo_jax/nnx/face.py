@@ -71,7 +71,7 @@ class Face(Part):
         arrays = flatten_dict(jax.tree.map(jnp.asarray, variables))
         super().__init__(unflatten_dict({path[1:]: to_nnx_var(path[0], value) for path, value in arrays.items()}))
 
-    def __call__(self, x: Array) -> jax.Array:
+    def __call__(self, x: Array, **options: Any) -> jax.Array:
         flags = {name: vars(self)[name] for name in FLAGS if name in vars(self)}
         if len(set(flags.values())) == 2:
             raise ValueError(f"{type(self.linen).__name__} is told by one train whether it trains, got {flags}: set both alike")
@@ -79,7 +79,7 @@ class Face(Part):
         keys = {"dropout": self.rngs()} if told.get("train") and "rngs" in vars(self) else {}
         variables = self.to_linen()[1]
         changing = [name for name in variables if name != "params"] if told.get("train", True) else []
-        y, changed = self.linen.apply(variables, x, rngs=keys, mutable=changing, **told)
+        y, changed = self.linen.apply(variables, x, rngs=keys, mutable=changing, **told, **options)
         for collection in changing:
             nnx.update(self, changed[collection])
         return y

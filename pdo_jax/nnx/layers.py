@@ -52,6 +52,14 @@ class FieldBatchNorm(Face, of=nonlinearities.FieldBatchNorm):
         super().__init__(*initial(nonlinearities.FieldBatchNorm(rep, **options), rngs, rep, features, rep.dim))
 
 
+class FieldNorm(Face, of=nonlinearities.FieldNorm):
+    """:class:`pdo_jax.nonlinearities.FieldNorm`, of ``features`` channels."""
+
+    def __init__(self, features: int, group: Group | Representation, *, rngs: nnx.Rngs, **options: Any) -> None:
+        size = group.dim if isinstance(group, Representation) else group.order
+        super().__init__(*initial(nonlinearities.FieldNorm(group, **options), rngs, group, features, size))
+
+
 class GroupDropout(Face, of=layers.GroupDropout):
     """:class:`pdo_jax.GroupDropout`, with keys of the stream "dropout"."""
 
