@@ -64,6 +64,7 @@ ROWS = {
     "flow_p4m": Row("flow_p4m", (), 1, "one step of turbulence, U-Net of p4m, 16 trajectories"),
     "flow_cnn": Row("flow_cnn", (), 1, "the same by a plain U-Net"),
     "flow_cnn_augmented": Row("flow_cnn_augmented", (), 1, "the same, turned at random in training"),
+    "flow_cnn_wide": Row("flow_cnn_wide", (), 1, "plain U-Net of as many channels as p4m has orientations of them"),
     "flow_p4m_4": Row("flow_p4m_4", (), 1, "U-Net of p4m, 4 trajectories"),
     "flow_cnn_4": Row("flow_cnn_4", (), 1, "plain U-Net, 4 trajectories"),
     "flow_cnn_augmented_4": Row("flow_cnn_augmented_4", (), 1, "plain U-Net, turned at random, 4 trajectories"),
