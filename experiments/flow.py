@@ -4,7 +4,8 @@
 
 with config files and the folders of their runs, such as experiments/configs/flow_p4m.py=runs/flow_p4m-seed0. From the start of
 each test trajectory a network takes step after step, u <- P(u + network(u)). P, the same for all, is what is known of the flow
-without learning: it takes out the part of u that has a divergence. Written are DIR/flow.json and the figures DIR/flow_*.png.
+without learning: it takes out the part of u that has a divergence. Written are DIR/flow.json, which keeps what it had of other
+runs, and the figures DIR/flow_*.png.
 """
 
 import argparse
@@ -51,7 +52,9 @@ def run(options: argparse.Namespace):
     stay = np.repeat(true[:, :1], flow.STEPS + 1, 1)
     told["nothing changes"] = {"rollout_error": errors(stay, true)}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "flow.json").write_text(json.dumps(told, indent=1) + "\n")
+    file = options.out / "flow.json"
+    told = (json.loads(file.read_text()) if file.exists() else {}) | told
+    file.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(found)}" for name, found in told.items()) + "\n}\n")
     pictures({"simulated": true} | rolled).savefig(options.out / "flow_vorticity.png", dpi=110)
     curves(true, rolled).savefig(options.out / "flow_errors.png", dpi=110)
 

@@ -108,7 +108,7 @@ class Vectors(nn.Module):
 
 SEGMENTATION = dict(network=Pixels(), loss=losses.segmentation,
                     metrics={"error": losses.ERROR, "mean_iou": losses.MEAN_IOU})
-FIELDS = dict(network=Vectors(), loss=losses.relative_l2,
+FIELDS = dict(network=Vectors(), loss=losses.relative_l2, parallel="pmap",
               metrics={}, moments=augment.scale, augment=partial(augment.turn, in_rep=VECTOR, out_rep=VECTOR))
 
 

@@ -2,7 +2,7 @@
 
     python -m experiments.main --config experiments/configs/flow_cnn.py
 
-Recorded: nothing yet.
+Recorded (1 seed, last epoch): 0.381 relative L2 error of the change, in 127 s on one CPU core that other jobs shared.
 """
 
 from experiments.baselines import UNetCNN

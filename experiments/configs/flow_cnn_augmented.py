@@ -2,7 +2,7 @@
 
     python -m experiments.main --config experiments/configs/flow_cnn_augmented.py
 
-Recorded: nothing yet.
+Recorded (1 seed, last epoch): 0.373 relative L2 error of the change, in 135 s on one CPU core that other jobs shared.
 """
 
 from functools import partial

@@ -3,8 +3,9 @@
     python -m experiments.main --config experiments/configs/flow_p4m.py
 
 The first time the flow is simulated, which needs `pip install exponax` and takes about a minute. The input and the output are
-vector fields of p4m on a torus of 64² points; see docs/flow.md.
-Other numbers of trajectories are flow_p4m_4.py and flow_p4m_64.py.
+vector fields of p4m on a torus of 64² points; see docs/flow.md. Other numbers of trajectories: flow_p4m_4.py, flow_p4m_64.py.
+
+Recorded (1 seed, last epoch): 0.192 relative L2 error of the change, in 243 s on one CPU core that other jobs shared.
 """
 
 from functools import partial
