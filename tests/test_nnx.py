@@ -217,10 +217,12 @@ def test_modes_copies_and_views():
     for each in copies:
         assert changes(first, state(each)) == set()
     net.eval()
+    assert "use_running_average: bool | None" in nnx.view_info(net)
     assert modes(net) == (True, True) and modes(copies[0]) == (False, False)
     assert_same(view(X), net(X))
     net.train()
     assert modes(net) == (False, False)
+    assert "kernel:" in nnx.tabulate(net, X)
 
 
 def test_stacked_layers():

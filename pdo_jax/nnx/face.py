@@ -80,7 +80,7 @@ class Face(Part):
                 raise ValueError(f"{type(self.linen).__name__} is told by one train whether it trains, got {flags}: set both "
                                  "alike")
         keys = {"dropout": self.rngs()} if others.get("train") and "rngs" in vars(self) else {}
-        variables = self.to_linen()[1]
+        variables = self._variables()
         changing = [name for name in variables if name != "params"] if others.get("train", True) else []
         y, changed = self.linen.apply(variables, x, rngs=keys, mutable=changing, **others)
         for collection in changing:
@@ -93,15 +93,23 @@ class Face(Part):
         return getattr(self.linen, name)
 
     def set_view(self, deterministic: bool | None = None, use_running_average: bool | None = None) -> None:
-        """What ``nnx.view`` may set: whether dropout does nothing, and whether norms evaluate."""
+        """What ``nnx.view`` sets.
+
+        Args:
+          deterministic: whether dropout does nothing.
+          use_running_average: whether norms evaluate.
+        """
         for name, value in (("deterministic", deterministic), ("use_running_average", use_running_average)):
             if value is not None and name in vars(self):
                 setattr(self, name, value)
 
     def to_linen(self) -> tuple[nn.Module, dict[str, Any]]:
         """The linen module and its variables, as ``export``, ``equivariance`` and all else of the library take them."""
+        return self.linen, self._variables()
+
+    def _variables(self):
         held = nnx.to_flat_state(nnx.state(self, nnx.Not(nnx.RngState)))
-        return self.linen, unflatten_dict({(nnx.variable_name_from_type(type(v)), *path): to_linen_var(v) for path, v in held})
+        return unflatten_dict({(nnx.variable_name_from_type(type(v)), *path): to_linen_var(v) for path, v in held})
 
 
 def from_linen(module: nn.Module, variables: Mapping[str, Any], *, rngs: nnx.Rngs | None = None) -> Face:
