@@ -15,7 +15,7 @@ from pdo_jax import kernels, lowering, stencils
 from pdo_jax.fields import Representation, field_axes, group_of
 from pdo_jax.groups import Array, Group
 from pdo_jax.lowering.channels import along
-from pdo_jax.lowering.layout import extended, merge, split
+from pdo_jax.lowering.layout import extended, is_portable, merge, split
 from pdo_jax.mixing import SteerableCoefficients, coefficients_of
 
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -274,7 +274,8 @@ def convolve(module: nn.Module, x: Array, w: jax.Array, coefficients: Any, way: 
                 x = extended(x, axis, low, high, mode)
         if groups == 1:
             return each(x, w)
-        if any(jax.typeof(x).sharding.spec):  # vmap of a convolution has no rule for explicit meshes
+        portable = is_portable() and not module.is_initializing()
+        if portable or any(jax.typeof(x).sharding.spec):  # of parts, converters know no convolution, explicit meshes no vmap
             parts = zip(jnp.split(x, groups, dim + 1), jnp.split(w, groups, w.ndim - 1), strict=True)
             return jnp.concatenate([each(*part) for part in parts], dim + 1)
         parts = split(x, dim + 1, groups), split(w, w.ndim - 1, groups)

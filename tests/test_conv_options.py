@@ -189,5 +189,7 @@ def test_a_folded_network_keeps_what_is_not_folded():
     plain, folded = pdo.export.to_plain(network, variables, x.shape)
     assert [folded["params"][f"layers_{k}"]["kernel"].ndim for k in range(4)] == [4] * 4
     assert folded["params"]["layers_0"]["kernel"].shape == (5, 3, 1, 16)
+    with pdo.lowering.portable():  # converters read no convolution of parts
+        assert "feature_group_count=2" not in str(jax.make_jaxpr(lambda x: network.apply(variables, x))(x))
     for way in ("dense", "auto"):
         np.testing.assert_allclose(jit(plain.clone(lowering=way).apply)(folded, x), y, atol=1e-4)
