@@ -205,6 +205,8 @@ def upsample(x: Array, group: Group | Representation, factor: int = 2, method: s
         raise ValueError(f'method of upsample must be "linear" or "nearest", got {method!r}')
     space = x.shape[1:-2]
     sizes = tuple(factor * n for n in space) if sizes is None else tuple(sizes)
+    for size in sizes:
+        _positive("each of the sizes of upsample", size)
     if len(sizes) != len(space) or any(abs(s - factor * n) >= (1 if periodic else factor) for s, n in zip(
             sizes, space, strict=True)):
         raise ValueError(f"sizes of upsample must be {'equal to' if periodic else f'within {factor - 1} of'} "
@@ -279,9 +281,11 @@ def adaptive_pool(x: Array, group: Group | Representation, sizes: int | Sequence
         raise ValueError(f'reduce must be "mean" or "max", got {reduce!r}')
     x, back = as_field("adaptive_pool", x, group, permuted=reduce == "max")
     space = x.shape[1:-2]
-    sizes = (sizes,) * len(space) if isinstance(sizes, int | np.integer) else tuple(sizes)
-    if len(sizes) != len(space) or any(not 0 < s <= n for s, n in zip(sizes, space, strict=True)):
-        raise ValueError(f"sizes of adaptive_pool must be from 1 to the {space} points of the field, got {sizes}")
+    sizes = tuple(sizes) if isinstance(sizes, Sequence) else (sizes,) * len(space)
+    for size in sizes:
+        _positive("each of the sizes of adaptive_pool", size)
+    if len(sizes) != len(space) or any(s > n for s, n in zip(sizes, space, strict=True)):
+        raise ValueError(f"sizes of adaptive_pool must be at most the {space} points of the field, for each axis, got {sizes}")
     axes, points = tuple(range(1, 1 + len(space))), []
     x = _wide(floating(x)) if reduce == "mean" else x
     for place in itertools.product(*map(range, sizes)):

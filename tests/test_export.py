@@ -108,7 +108,11 @@ NETWORKS = {  # name: network, shape of the input, convolutions, norms that are 
         pdo.GroupBatchNorm(P4, use_running_average=True)]), (2, 6, 6, 1), 2, 1),
 }
 each_network = pytest.mark.parametrize("name", NETWORKS)
-ONNX = {"p6": (PAPER["p6"](blocks=1), (2, 32, 32, 3)), "unet": (UNet(P4, widths=(2, 3), out=2), (2, 9, 8, 1))}
+ONNX = {"p6": (PAPER["p6"](blocks=1), (2, 32, 32, 3)), "unet": (UNet(P4, widths=(2, 3), out=2), (2, 9, 8, 1)),
+        "options": (nn.Sequential([
+            pdo.LiftingConv(2, P4, (5, 3), padding="REFLECT", basis=1, spacing=(1, 2)), pdo.nonlinearities.FieldNorm(P4),
+            pdo.GroupConv(2, P4, 3, kernel_dilation=2, feature_group_count=2, padding="EDGE"),
+            functools.partial(pdo.upsample, group=P4), functools.partial(pdo.adaptive_pool, group=P4, sizes=3)]), (2, 7, 8, 1))}
 
 
 @functools.cache
@@ -326,7 +330,7 @@ def in_onnxruntime(data):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the converter's own
-@pytest.mark.parametrize("name", ["mnist, invariant", "mnist, paper", "p6", "unet", "steerable", "line", "resnet, pool"])
+@pytest.mark.parametrize("name", ["mnist, invariant", "mnist, paper", "steerable", "line", "resnet, pool", *ONNX])
 def test_onnx(name):
     """onnxruntime gives the network's outputs, from one file for every batch."""
     pytest.importorskip("jax2onnx", reason="needs the extra onnx")

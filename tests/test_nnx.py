@@ -50,8 +50,8 @@ CASES = {  # the face, what it is of, an input
     "GroupBatchNorm, scalars": (functools.partial(pnn.GroupBatchNorm, 3, P4), pdo.GroupBatchNorm(P4), normal(4, 3, 3, 3)),
     "FieldBatchNorm": (functools.partial(pnn.FieldBatchNorm, 2, MIXED), nonlinearities.FieldBatchNorm(MIXED),
                        normal(4, 3, 3, 2, 3)),
-    "FieldNorm": (functools.partial(pnn.FieldNorm, 2, MIXED, num_groups=1), nonlinearities.FieldNorm(MIXED, num_groups=1),
-                  normal(2, 3, 3, 2, 3)),
+    "FieldNorm": (functools.partial(pnn.FieldNorm, 4, MIXED, num_groups=2), nonlinearities.FieldNorm(MIXED, 2),
+                  normal(2, 3, 3, 4, 3)),
     "GroupDropout": (functools.partial(pnn.GroupDropout, 0.5, P4), pdo.GroupDropout(0.5, P4), normal(2, 5, 5, 2, 4)),
     "NormNonlinearity": (functools.partial(pnn.NormNonlinearity, 2, MIXED, bias_init=nn.initializers.ones),
                          nonlinearities.NormNonlinearity(MIXED, bias_init=nn.initializers.ones), normal(2, 3, 3, 2, 3)),
@@ -131,6 +131,17 @@ def test_outputs_and_statistics_are_those_of_linen(name, train):
     assert changes(first, state(face)) == (TOLD.get(name, set()) if train else set())
 
 
+def test_what_a_call_takes_beside_its_input():
+    """A mask goes to linen; ``train`` goes before the attributes, for this call."""
+    face, (_, module, x) = nnx.clone(made("GroupBatchNorm")), CASES["GroupBatchNorm"]
+    mask = jnp.arange(9).reshape(3, 3) > 3
+    expected, changed = module.apply(face.to_linen()[1], x, train=True, mask=mask, mutable="batch_stats")
+    first = state(face)
+    face(x, train=False)
+    assert changes(first, state(face)) == set()
+    assert_same((face(x, mask=mask), face.to_linen()[1]["batch_stats"]), (expected, changed["batch_stats"]))
+
+
 def test_fields_are_read_from_the_face():
     """Fields of the linen module, properties too; a variable comes before a field of its name; nothing else is invented."""
     face = made("MnistRotNet")
@@ -206,10 +217,12 @@ def test_modes_copies_and_views():
     for each in copies:
         assert changes(first, state(each)) == set()
     net.eval()
+    assert "use_running_average: bool | None" in nnx.view_info(net)
     assert modes(net) == (True, True) and modes(copies[0]) == (False, False)
     assert_same(view(X), net(X))
     net.train()
     assert modes(net) == (False, False)
+    assert "kernel:" in nnx.tabulate(net, X)
 
 
 def test_stacked_layers():
@@ -328,10 +341,3 @@ def test_errors():
     face.deterministic = True
     with pytest.raises(ValueError, match="MnistRotNet is told by one train.*'deterministic': True.*alike"):
         face(jnp.ones((1, 28, 28, 1)))
-
-
-def test_a_mask_passes_through():
-    """What a linen call takes beside its input, the face's call takes: a mask of a norm."""
-    face, mask = made("FieldNorm"), np.arange(9).reshape(3, 3) % 2 == 0
-    module, x = CASES["FieldNorm"][1:]
-    assert_same(face(x, mask=mask), module.apply(face.to_linen()[1], x, mask=mask), 1e-6)

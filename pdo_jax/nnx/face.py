@@ -30,7 +30,7 @@ class Face(Part):
     """A linen module that holds its variables, with linen's names and shapes: ``net.conv1.kernel``.
 
     "params" are ``nnx.Param``, "batch_stats" are ``nnx.BatchStat``. Fields of the linen module are read from the face too, such
-    as ``conv.features``, unless a variable has the name. Arrays go in and out as in linen.
+    as ``conv.features``, unless a variable has the name.
 
     Attributes:
       linen: the module.
@@ -71,15 +71,18 @@ class Face(Part):
         arrays = flatten_dict(jax.tree.map(jnp.asarray, variables))
         super().__init__(unflatten_dict({path[1:]: to_nnx_var(path[0], value) for path, value in arrays.items()}))
 
-    def __call__(self, x: Array, **options: Any) -> jax.Array:
+    def __call__(self, x: Array, **others: Any) -> jax.Array:
+        """Others: what the linen module's call takes beside x, such as a ``mask``; ``train`` goes before the attributes."""
         flags = {name: vars(self)[name] for name in FLAGS if name in vars(self)}
-        if len(set(flags.values())) == 2:
-            raise ValueError(f"{type(self.linen).__name__} is told by one train whether it trains, got {flags}: set both alike")
-        told: dict[str, Any] = {"train": False in flags.values()} if flags else {}
-        keys = {"dropout": self.rngs()} if told.get("train") and "rngs" in vars(self) else {}
-        variables = self.to_linen()[1]
-        changing = [name for name in variables if name != "params"] if told.get("train", True) else []
-        y, changed = self.linen.apply(variables, x, rngs=keys, mutable=changing, **told, **options)
+        if flags and "train" not in others:
+            others["train"] = False in flags.values()
+            if len(set(flags.values())) == 2:
+                raise ValueError(f"{type(self.linen).__name__} is told by one train whether it trains, got {flags}: set both "
+                                 "alike")
+        keys = {"dropout": self.rngs()} if others.get("train") and "rngs" in vars(self) else {}
+        variables = self._variables()
+        changing = [name for name in variables if name != "params"] if others.get("train", True) else []
+        y, changed = self.linen.apply(variables, x, rngs=keys, mutable=changing, **others)
         for collection in changing:
             nnx.update(self, changed[collection])
         return y
@@ -90,15 +93,23 @@ class Face(Part):
         return getattr(self.linen, name)
 
     def set_view(self, deterministic: bool | None = None, use_running_average: bool | None = None) -> None:
-        """What ``nnx.view`` may set: whether dropout does nothing, and whether norms evaluate."""
+        """What ``nnx.view`` sets.
+
+        Args:
+          deterministic: whether dropout does nothing.
+          use_running_average: whether norms evaluate.
+        """
         for name, value in (("deterministic", deterministic), ("use_running_average", use_running_average)):
             if value is not None and name in vars(self):
                 setattr(self, name, value)
 
     def to_linen(self) -> tuple[nn.Module, dict[str, Any]]:
         """The linen module and its variables, as ``export``, ``equivariance`` and all else of the library take them."""
+        return self.linen, self._variables()
+
+    def _variables(self):
         held = nnx.to_flat_state(nnx.state(self, nnx.Not(nnx.RngState)))
-        return self.linen, unflatten_dict({(nnx.variable_name_from_type(type(v)), *path): to_linen_var(v) for path, v in held})
+        return unflatten_dict({(nnx.variable_name_from_type(type(v)), *path): to_linen_var(v) for path, v in held})
 
 
 def from_linen(module: nn.Module, variables: Mapping[str, Any], *, rngs: nnx.Rngs | None = None) -> Face:
