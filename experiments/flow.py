@@ -50,7 +50,8 @@ def run(options: argparse.Namespace):
                       **measures(network, data.test, true, rolled[name])}
         print(name, {key: value for key, value in told[name].items() if not key.startswith("spectrum")}, flush=True)
     stay = np.repeat(true[:, :1], flow.STEPS + 1, 1)
-    told["nothing changes"] = {"rollout_error": errors(stay, true)}
+    told["nothing changes"] = {"one_step_error": float(relative(data.test.images, data.test.images + data.test.labels).mean()),
+                               "rollout_error": errors(stay, true)}
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "flow.json"
     told = (json.loads(file.read_text()) if file.exists() else {}) | told

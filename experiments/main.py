@@ -146,7 +146,7 @@ def report(result: Mapping | None, workdir: Path):
     else:
         print(f"{scores(result)} of {result['images']['test']} examples, after the last epoch")
     if errors := result.get("equivariance_error"):
-        print("equivariance error: how far each turn of the images moves the trained network's logits, relatively:")
+        print("equivariance error: how far turned images move the trained network's logits, or its fields from turned ones:")
         print("  " + "  ".join(f"{name}: {error:.1e}" for name, error in errors.items()))
     print("figures: " + "  ".join(result["figures"]))
     print(f"all of the run: {workdir}/ (result.json, metrics.jsonl, tensorboard/, checkpoints/)")
