@@ -72,7 +72,9 @@ def look(path: Path, given: config.Config | None = None, data=None) -> Seen:
         raise TrainError(f"{path} was trained on arrays or on a function's; name its config file with --config")
     data = check.data(data or train.load_data(run.config))
     images, labels = data.test
-    logits = jax.jit(lambda x: jax.nn.softmax(run.model.logits(run.variables, x, train=False).astype(np.float32)))
+    if "test_error" not in result or labels.ndim > 1:
+        raise TrainError(f"{path} is not about classes of images; its numbers are in {path / 'result.json'}")
+    logits = jax.jit(lambda x: jax.nn.softmax(run.model.outputs(run.variables, x, train=False).astype(np.float32)))
     size = min(run.config.eval_batch_size, len(labels))
     padded = np.concatenate([images, np.zeros((-len(labels) % size, *images.shape[1:]), images.dtype)])
     parts = [np.asarray(logits(padded[start : start + size])) for start in range(0, len(padded), size)]
