@@ -6,7 +6,7 @@ date after each case, so that an interrupted run loses nothing. The parts:
 layers     a GroupConv of p8 in each lowering: forward, and with the gradients of input and weights
 steps      training steps of the paper's networks, as `experiments.programs` makes them
 growth     a GroupConv of 16 channels against the order of the cyclic group, and the exponent of its growth
-inference  MnistRotNet folded into plain convolutions, and as it is
+inference  MnistRotNet folded into plain convolutions, and as it is; in ONNX Runtime, where jax2onnx is installed
 construct  from `import pdo_jax` to the first step, in fresh processes
 
 Beside them stand plain Flax convolutions of equal channels and of equal parameters, and with --peers PyTorch (the dense network

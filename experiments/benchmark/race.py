@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -127,12 +128,31 @@ def inference(options: Options) -> Iterator[list[dict]]:
                 program = timing.program(timing.free_layout(call), values, images)
                 program.facts["parameters"] = cases.parameters(values)
                 programs[name, f"batch {batch}"] = program
+            if dtype == "float32" and importlib.util.find_spec("jax2onnx") and jax.default_backend() == "cpu":
+                programs["ONNX Runtime", f"batch {batch}"] = timing.Program(in_onnx(plain, folded, images), {})
         requests = [cases.network_case(peer, "inference", given, task, batches=options.sizes.batches) for peer in DENSE_PEER]
         rows = options.race({"case": "MnistRotNet", "dtype": dtype}, programs, requests, reference="folded")
         for row in rows:
             if "median" in row:
                 row["examples_per_second"] = int(row["mode"].split()[1]) / row["median"]
         yield rows
+
+
+def in_onnx(plain, folded, images):
+    """The folded network in ONNX Runtime, with its own choice of threads."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # it tells of each constant that it folds away
+    session = onnxruntime.InferenceSession(export.to_onnx(plain, folded, (None, *images.shape[1:])), settings)
+    images = np.asarray(images)
+
+    def run():
+        began = time.perf_counter()
+        session.run(None, {"x": images})
+        return time.perf_counter() - began
+
+    return run
 
 
 # Fresh processes

@@ -32,7 +32,7 @@ class Flow(Builder, skip_registration=True):
     """Decaying turbulence in two dimensions: velocity fields, and their changes over a step, made by a spectral solver."""
 
     VERSION = tfds.core.Version("1.0.0")
-    SHAPE, DTYPE, HOMEPAGE = (SIZE, SIZE, 1, 2), np.float32, "https://pypi.org/project/exponax"
+    SHAPE, DTYPE, HOMEPAGE = (SIZE, SIZE, 1, 2), np.float32, "https://github.com/Ceyron/exponax"
     LABEL = tfds.features.Tensor(shape=SHAPE, dtype=np.float32, encoding="bytes")
 
     def splits(self):
