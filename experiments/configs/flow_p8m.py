@@ -2,7 +2,7 @@
 
     python -m experiments.main --config experiments/configs/flow_p8m.py
 
-Recorded: nothing yet.
+Not recorded yet.
 """
 
 import pdo_jax as pdo
