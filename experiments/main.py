@@ -192,7 +192,7 @@ def told(result: Mapping):
         print("confusion, a row for each class, a column for each answer:")
         print("\n".join("".join(cell.rjust(width) for cell in row) for row in cells))
     if angles := result.get("accuracy_at_angles"):
-        turns, first = len(angles) - 1, min(result["images"], 500)
+        turns, first = len(angles) - 1, result["images_turned"]
         print(f"accuracy on the first {first} of them at {turns} angles: {sum(angles[1:]) / turns:.2%} in the mean, "
               f"{min(angles):.2%} at the lowest, {max(angles):.2%} at the highest")
 

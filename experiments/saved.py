@@ -76,6 +76,7 @@ def test_error(config: Config, model: programs.Model, variables, data: datasets.
               "classes": names(data.classes, confusion)}
     if images.ndim == 4:
         turned = measures.logits_at_angles(model, variables, images)
+        found["images_turned"] = len(labels)
         found["accuracy_at_angles"] = (turned.argmax(-1) == labels).mean(1).tolist()
     return found
 
