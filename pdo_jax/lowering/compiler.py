@@ -14,7 +14,7 @@ def compiler_options(platform: str | None = None) -> dict[str, str]:
     """Options for ``jax.jit(step, compiler_options=…)`` of a program that holds these layers, or any convolution.
 
     On a CPU they hand each convolution and matrix product to a library kernel: a training step of the paper's network for
-    rotated MNIST was then 1.2 times as fast, on a core without AMX. Empty on other platforms, and for a jaxlib in which the
+    rotated MNIST was then 1.5 times as fast, on two cores without AMX. Empty on other platforms, and for a jaxlib in which the
     option was not checked. Only the outermost ``jax.jit`` takes options; a layer called outside of any uses them by itself.
 
     Args:
