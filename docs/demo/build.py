@@ -1,4 +1,4 @@
-"""Builds the demo: python docs/demo/build.py OUT && python -m http.server -d OUT   (needs the extra `onnx`, and npm).
+"""Builds the demo: python -m docs.demo.build OUT && python -m http.server -d OUT   (needs the extra `onnx`, and npm).
 
 Writes into OUT the page, both networks as ONNX, the fields of the first layer, twelve digits, and onnxruntime-web from npm.
 """

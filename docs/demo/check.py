@@ -1,4 +1,4 @@
-"""Tries the demo in headless Chromium: python docs/demo/check.py [SCREENSHOTS]   (pip install playwright; chromium; npm).
+"""Tries the demo in headless Chromium: python -m docs.demo.check [SCREENSHOTS]   (pip install playwright; chromium; npm).
 
 Twelve digits at two angles each: the logits are JAX's to 1e-4, and the PDO-eConv network names the digit. The keyboard turns,
 the pointer draws; around the circle the logits of ours move less than half as much. Prints the times of the answers.
@@ -14,10 +14,10 @@ import tempfile
 import threading
 from pathlib import Path
 
-import build
 import numpy as np
 from playwright.sync_api import sync_playwright
 
+from docs.demo import build
 from experiments.datasets import rotation
 
 
