@@ -1,6 +1,8 @@
 """The network of mnist_rot_best.py with sixteen rotations and as many parameters: 20 932.
 
     python -m experiments.main --config experiments/configs/mnist_rot_best_p16.py
+
+Not yet run here.
 """
 
 import pdo_jax as pdo
