@@ -125,14 +125,17 @@ def run(name: str, seed: int, out: Path, runs: Path, minutes: float) -> bool:
 
 
 def write_table(out: Path):
-    """Writes the table of all results in `out` into its README, between the two marks."""
+    """Writes the table of all results in `out` into its README."""
+    put(README if out == RESULTS else out / "README.md", BEGIN, table(out))
+
+
+def put(readme: Path, begin: str, table: str):
+    """Writes a table into a page, between the mark `begin` and the end's."""
     from experiments import workdir
 
-    readme = README if out == RESULTS else out / "README.md"
-    text = readme.read_text() if readme.exists() else "# Recorded runs\n\n" + BEGIN + END
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    workdir.write_text(readme, before + BEGIN + table(out) + END + after)
+    text = readme.read_text() if readme.exists() else "# Recorded runs\n\n" + begin + END
+    before, _, rest = text.partition(begin)
+    workdir.write_text(readme, before + begin + table + END + rest.partition(END)[2])
 
 
 def table(out: Path) -> str:

@@ -19,7 +19,7 @@ from pdo_jax.groups import Array
 class MnistRotNet(Frozen):
     """A network for rotated MNIST: six 5×5 layers, 28 → 26 → 24 → 12 → 10 → 8 → 6 → 4 points, and a head.
 
-    Each layer is followed by batch normalisation and ``activation``, the second by a 2×2 maximum, the others by dropout. The
+    Each layer is followed by batch normalisation and ``activation``, the second by ``pool``, the others by dropout. The
     defaults are the best small network found, of 21 142 parameters; ``PAPER["mnist_rot"]`` is the paper's, of p8.
 
     Attributes:
@@ -30,6 +30,7 @@ class MnistRotNet(Frozen):
         logits do not change under the group's grid-preserving elements) or "paper" (linear over all points, channels and
         orientations, without bias; not invariant).
       dropout: rate after layers 1, 3, 4, 5 and 6.
+      pool: ``max_pool``, ``mean_pool`` or ``blur_pool``.
       activation: a function of the values, one by one.
 
     The others as for :class:`pdo_jax.LiftingConv`; ``axis_name`` as for :class:`pdo_jax.GroupBatchNorm`.
@@ -43,6 +44,7 @@ class MnistRotNet(Frozen):
     head: str = "invariant"
     head_features: int = 96
     dropout: float = 0.2
+    pool: Callable[..., jax.Array] = sampling.max_pool
     activation: Callable[[jax.Array], jax.Array] = nn.silu
     basis: str | int = 2
     scheme: stencils.Scheme = functools.partial(stencils.gaussian_derivative, sigma=1.0)
@@ -62,7 +64,7 @@ class MnistRotNet(Frozen):
             x = (LiftingConv if layer == 1 else GroupConv)(**conv, name=f"conv{layer}")(x)
             x = self.activation(layers.GroupBatchNorm(self.group, axis_name=self.axis_name, name=f"norm{layer}")(x, train))
             if layer == 2:
-                x = sampling.max_pool(x, self.group)
+                x = self.pool(x, self.group)
             else:
                 x = layers.GroupDropout(self.dropout, self.group)(x, train)
         if self.head == "invariant":
