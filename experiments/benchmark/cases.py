@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,18 +14,20 @@ import numpy as np
 
 import pdo_jax as pdo
 from experiments import config, programs
-from experiments.baselines import MnistRotCNN, ResNetCNN
+from experiments.baselines import MnistRotCNN, ResNetCNN, UNetCNN
 from experiments.benchmark import timing
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class Task(NamedTuple):
-    """A network to train: its config, the images of a step, how many steps to run in one loop too, changes in the network."""
+    """A network to train: its config, the images of a step, how many steps to run in one loop too, changes in the network.
+
+    Targets are classes, or for fields [*space, channels, components] such fields."""
 
     file: str
     batch: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     loop: int = 0
     changes: Mapping = {}
 
@@ -35,7 +38,8 @@ class Sizes:
     growth: tuple = (16, 32, 16)  # the same, for each of
     orders: Sequence[int] = (4, 6, 8, 12, 16, 24)
     tasks: Mapping = dataclasses.field(default_factory=lambda: {"MnistRotNet": Task("mnist_rot", 128, (28, 28, 1), 10)} | {
-        name: Task(f"cifar10_{name}", 32, (32, 32, 3)) for name in pdo.networks.PAPER if name != "mnist_rot"})
+        name: Task(f"cifar10_{name}", 32, (32, 32, 3)) for name in pdo.networks.PAPER if name != "mnist_rot"} | {
+        "UNet": Task("flow_p4m", 8, (64, 64, 1, 2))})
     batches: Sequence[int] = (1, 256)  # of inference
     part: int = 64  # of a batch that is worked off in parts, which stay nearer to the cores
     matmul: int = 2048
@@ -46,7 +50,8 @@ LARGE = Sizes(layers=((7, 1024, 24), (23, 1024, 16), (45, 512, 8), (80, 256, 8))
               tasks={name: task._replace(batch=128, loop=10) for name, task in FULL.tasks.items()})  # for a GPU or TPU
 QUICK = Sizes(layers=((1, 2, 6),), growth=(1, 2, 6), orders=(4, 6), batches=(1, 2), part=1, matmul=64, tasks={
     "MnistRotNet": Task("mnist_rot", 2, (28, 28, 1), 2, {"features": 1}),
-    "p8_wide": Task("cifar10_p8_wide", 2, (8, 8, 3), 0, {"widths": (1, 2, 4), "blocks": 1})})
+    "p8_wide": Task("cifar10_p8_wide", 2, (8, 8, 3), 0, {"widths": (1, 2, 4), "blocks": 1}),
+    "UNet": Task("flow_p4m", 2, (8, 8, 1, 2), 0, {"widths": (1, 2), "blocks": 1})})
 
 
 # Layers
@@ -101,6 +106,7 @@ def step(given: config.Config, shape, loop: int = 0, options: Mapping | None = N
     function = programs.step_function(given, model(given, shape), 1, mesh.size)
     jitted = programs.repeated(function, True, "jit", mesh) if loop else programs.mapped(function, "jit", mesh, options=options)
     images, labels = random.normal(size=(batch, *shape)).astype(np.float32), random.integers(0, 10, batch).astype(np.int32)
+    labels = labels if len(shape) == 3 else images
     rows = np.arange(batch, dtype=np.int32)
     return jitted, (images, labels, np.tile(rows, (loop, 1)) if loop else rows)
 
@@ -140,10 +146,12 @@ def baselines(network: nn.Module, shape) -> dict[str, nn.Module]:
     if isinstance(network, pdo.networks.MnistRotNet):
         equal, make = MnistRotCNN(network.features * order), MnistRotCNN
     else:
-        equal = ResNetCNN(network.blocks, tuple(width * order for width in network.widths))
+        kind = UNetCNN if isinstance(network, pdo.networks.UNet) else ResNetCNN
+        plain = functools.partial(kind, blocks=network.blocks)
+        equal = plain(widths=tuple(width * order for width in network.widths))
 
         def make(width):
-            return ResNetCNN(network.blocks, tuple(width * 2**stage for stage in range(len(network.widths))))
+            return plain(widths=tuple(width * 2**stage for stage in range(len(network.widths))))
 
     width = matching_width(lambda width: count(make(width), shape), count(network, shape))
     return {"Flax, equal channels": equal, "Flax, equal parameters": make(width)}

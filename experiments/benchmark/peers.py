@@ -119,6 +119,9 @@ class Dense:
     def image(self, channels):
         return channels
 
+    def vector(self):
+        return 2
+
     def field(self, features):
         return features * self.order
 
@@ -136,6 +139,15 @@ class Dense:
 
     def max_pool(self, field):
         return torch.nn.MaxPool2d(2)
+
+    def mean_pool(self, field):
+        return torch.nn.AvgPool2d(2)
+
+    def upsample(self, field):
+        return torch.nn.Upsample(scale_factor=2, mode="bilinear")
+
+    def join(self, x, y):
+        return torch.cat([x, y], 1)
 
     def wrap(self, x, field):
         return x
@@ -155,6 +167,9 @@ class Regular:
 
     def image(self, channels):
         return self.nn.FieldType(self.space, channels * [self.space.trivial_repr])
+
+    def vector(self):
+        return self.nn.FieldType(self.space, [self.space.irrep(1, 1)])
 
     def field(self, features):
         return self.nn.FieldType(self.space, features * [self.space.regular_repr])
@@ -176,6 +191,15 @@ class Regular:
 
     def max_pool(self, field):
         return self.nn.PointwiseMaxPool(field, kernel_size=2)
+
+    def mean_pool(self, field):
+        return self.nn.PointwiseAvgPool(field, kernel_size=2)
+
+    def upsample(self, field):
+        return self.nn.R2Upsampling(field, scale_factor=2)
+
+    def join(self, x, y):
+        return self.nn.tensor_directsum([x, y])
 
     def wrap(self, x, field):
         return self.nn.GeometricTensor(x, field)
@@ -216,10 +240,10 @@ def layer(case):
 
 
 def training_step(case):
-    """Forward, backward and update of a network: "MnistRotNet" with Adam, "ResNet" with Nesterov's SGD."""
+    """Forward, backward and update of a network, with Adam, "ResNet" with Nesterov's SGD; "UNet" learns a field."""
     module, forward = NETWORKS[case["network"]](kit(case), case)
     module.train()
-    if case["network"] == "MnistRotNet":
+    if case["network"] != "ResNet":
         optimiser = torch.optim.Adam(module.parameters(), lr=1e-4, weight_decay=case["l2"])
     else:
         optimiser = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=case["l2"])
@@ -234,7 +258,11 @@ def training_step(case):
         optimiser.zero_grad(set_to_none=True)
         with autocast(case):
             logits = forward(data["images"])
-        torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+        if case["network"] == "UNet":
+            difference = logits.float() - data["images"]
+            (difference.flatten(1).norm(dim=1) / data["images"].flatten(1).norm(dim=1)).mean().backward()
+        else:
+            torch.nn.functional.cross_entropy(logits.float(), labels).backward()
         optimiser.step()
 
     return module, {"training": training}, arrange
@@ -304,12 +332,49 @@ def resnet(make, case):
     return modules, forward
 
 
+def unet(make, case):
+    """(module, function): the periodic U-Net of regular fields, velocities to velocities, of 3×3 layers and mean pools."""
+    modules, vector = torch.nn.ModuleList(), make.vector()
+    fields = [make.field(width) for width in case["widths"]]
+
+    def add(*layers):
+        modules.append(torch.nn.Sequential(*layers))
+        return modules[-1]
+
+    def conv(source, target):
+        return make.conv(source, target, 3, padding=1, padding_mode="circular")
+
+    def level(source, target):
+        layers = []
+        for _ in range(case["blocks"]):
+            layers += [conv(source, target), make.norm(target), make.relu(target)]
+            source = target
+        return add(*layers)
+
+    down = [level(vector, fields[0])]
+    down += [add(make.mean_pool(fields[k]), *level(fields[k], fields[k + 1])) for k in range(len(fields) - 1)]
+    ups = [(add(make.upsample(fields[k + 1])), level(make.field(case["widths"][k] + case["widths"][k + 1]), fields[k]))
+           for k in reversed(range(len(fields) - 1))]
+    head = add(conv(fields[0], vector))
+
+    def forward(x):
+        x, fine = make.wrap(x, vector), []
+        for part in down:
+            x = part(x)
+            fine.append(x)
+        for before, (grow, part) in zip(fine[-2::-1], ups, strict=True):
+            x = part(make.join(before, grow(x)))
+        return make.unwrap(head(x))
+
+    return modules, forward
+
+
 def autocast(case):
     return torch.autocast(case["device"], torch.bfloat16, enabled=case["dtype"] == "bfloat16")
 
 
 KINDS = {"layer": layer, "training step": training_step, "inference": inference}
-NETWORKS = {"MnistRotNet": mnist_rot_net, "ResNet": resnet}
+NETWORKS = {"MnistRotNet": mnist_rot_net, "ResNet": resnet, "UNet": unet}
 
 if __name__ == "__main__":
     serve()
