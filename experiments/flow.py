@@ -5,7 +5,7 @@
 with config files and the folders of their runs, such as experiments/configs/flow_p4m.py=runs/flow_p4m-seed0. From the start of
 each test trajectory a network takes step after step, u <- P(u + network(u)). P, the same for all, is what is known of the flow
 without learning: it takes out the part of u that has a divergence. Written are DIR/flow.json, which keeps what it had of other
-runs, and the figures DIR/flow_*.png.
+runs, and the figures DIR/flow_*.png: vorticities, errors and spectra, and what stencils of a step were learned.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from experiments.datasets import flow
 
 TOLD = (1, 10, 50)  # steps
 SHOWN = (0, 5, 10, 20, 50)
+MOVED = 2  # points in a step, at the points whose stencils are shown
 P4M = pdo.groups.dihedral(4)
 
 
@@ -37,14 +38,14 @@ def run(options: argparse.Namespace):
     pairs = [text.partition("=")[::2] for text in options.runs]
     if not all(folder for _, folder in pairs):
         raise Refused("give config files and the folders of their runs, as experiments/configs/flow_p4m.py=runs/flow_p4m-seed0")
-    told, rolled = {}, {}
+    told, rolled, learned = {}, {}, {}
     for file, folder in pairs:
         name = Path(file).stem
         one = saved.load(folder, config.load(file))
         data = train.load_data(one.config)
         network = jax.jit(lambda u, one=one: one.model.outputs(one.variables, u, train=False))
         true = trajectories(data.test)
-        rolled[name] = rollout(network, true[:, 0], flow.STEPS)
+        rolled[name], learned[name] = rollout(network, true[:, 0], flow.STEPS), stencil(network, data.test.images)
         told[name] = {"trajectories": len(data.train.labels) * flow.EVERY["train"] // flow.STEPS,
                       "parameters": sum(leaf.size for leaf in jax.tree.leaves(one.variables["params"])),
                       **measures(network, data.test, true, rolled[name])}
@@ -58,6 +59,7 @@ def run(options: argparse.Namespace):
     file.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(found)}" for name, found in told.items()) + "\n}\n")
     pictures({"simulated": true} | rolled).savefig(options.out / "flow_vorticity.png", dpi=110)
     curves(true, rolled).savefig(options.out / "flow_errors.png", dpi=110)
+    kernels({"carried along": carried()} | learned).savefig(options.out / "flow_stencils.png", dpi=110)
 
 
 def trajectories(split) -> np.ndarray:
@@ -123,6 +125,52 @@ def measures(network: Callable, test, true, rolled) -> dict:
     return {"one_step_error": float(relative(one, test.images + test.labels).mean()), "rollout_error": errors(rolled, true),
             "turned_rollout_error": dict(zip(map(str, TOLD), turns.tolist(), strict=True)),
             "spectrum": spectrum(rolled[:, -1]).tolist(), "spectrum_simulated": spectrum(true[:, -1]).tolist()}
+
+
+def stencil(network: Callable, fields: np.ndarray) -> np.ndarray:
+    """[2, size, size]: how the change at the middle point answers to the velocity around it, each component to itself.
+
+    The mean derivative of a network at points of test states where the flow goes along axis 0, MOVED points in a step; the
+    component along the flow, and the one across it.
+    """
+    size, speed = fields.shape[1], MOVED * 2 * np.pi / flow.SIZE / flow.STEP
+
+    @jax.jit
+    def answer(u, point, component):
+        change, pullback = jax.vjp(network, u[None])
+        return pullback(jnp.zeros_like(change).at[0, point[0], point[1], 0, component].set(1))[0][0, :, :, 0, component]
+
+    found = []
+    for u in fields[::10]:
+        near = np.argwhere(np.hypot(u[..., 0, 0] - speed, u[..., 0, 1]) < speed / 10)[:4]
+        found += [[np.roll(answer(u, point, c), size // 2 - point, (0, 1)) for c in range(2)] for point in near]
+    return np.mean(found, 0)
+
+
+def carried() -> np.ndarray:
+    """What `stencil` is for a small disturbance that is carried along by a uniform flow, and spread by the viscosity."""
+    size = flow.SIZE
+    k = flow.waves(size)
+    after = np.exp(-1j * MOVED * 2 * np.pi / size * k[0] - flow.VISCOSITY * flow.STEP * (k[0] ** 2 + k[1] ** 2))
+    one = np.roll(np.fft.irfft2(np.conj(after) - 1, s=(size, size)), (size // 2, size // 2), (0, 1))
+    return np.stack([one, one])
+
+
+def kernels(stencils: dict[str, np.ndarray], reach: int = 6) -> Figure:
+    """Stencils side by side, the points up to `reach` from the middle; the flow goes down."""
+    figure = Figure(figsize=(2 * len(stencils) + 0.8, 4.6), layout="constrained")
+    rows = figure.subplots(2, len(stencils), squeeze=False)
+    for (name, both), column in zip(stencils.items(), rows.T, strict=True):
+        middle = both.shape[-1] // 2
+        for one, axes in zip(both, column, strict=True):
+            crop = slice(middle - reach, middle + reach + 1)
+            drawn = axes.imshow(one[crop, crop], cmap="RdBu_r", vmin=-0.4, vmax=0.4, extent=[-reach - 0.5, reach + 0.5] * 2)
+            axes.set(xticks=[], yticks=[])
+        column[0].set_title(name, fontsize=10)
+    for text, axes in zip(("along the flow", "across it"), rows[:, 0], strict=True):
+        axes.set_ylabel(text)
+    figure.colorbar(drawn, ax=rows, shrink=0.6)
+    return figure
 
 
 def pictures(states: dict[str, np.ndarray]) -> Figure:

@@ -2,6 +2,7 @@
 
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -80,3 +81,13 @@ def test_a_rollout_and_its_errors(monkeypatch):
         assert told["one_step_error"] == pytest.approx(error, abs=1e-5)
         for errors in (told["turned_rollout_error"], told["rollout_error"]):
             assert errors.keys() == {"1", "3"} and all((value > 0.01) == bool(error) for value in errors.values())
+
+
+def test_the_stencil_of_what_carries_along(monkeypatch):
+    """A network that moves every field along axis 0 has the stencil of that, as the law has without viscosity."""
+    monkeypatch.setattr(flow, "VISCOSITY", 0.0)
+    fields = np.zeros((1, flow.SIZE, flow.SIZE, 1, 2), np.float32)
+    fields[:, 10:12, 20, :, 0] = rollouts.MOVED * 2 * np.pi / flow.SIZE / flow.STEP
+    found = rollouts.stencil(lambda u: jnp.roll(u, rollouts.MOVED, 1) - u, fields)
+    np.testing.assert_allclose(found, rollouts.carried(), atol=1e-6)
+    assert found[0, flow.SIZE // 2, flow.SIZE // 2] == -1 and found[0, flow.SIZE // 2 - rollouts.MOVED, flow.SIZE // 2] == 1

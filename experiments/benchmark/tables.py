@@ -48,8 +48,8 @@ NOTES = {
     "layers": "5×5 layers between fields of p8, from and to the memory layout that the compiler chooses (torch: the faster of "
               "its two). \"training\" is forward and the gradients of input and weights. Dense-equivalent: counted as the "
               "dense convolution of equal channels; the peak is that of a square matrix product, measured in this run.",
-    "steps": "Forward, backward and update, with dropout, without augmentation. The Flax CNNs and all U-Nets have 3×3 layers, the others 5×5. "
-             "The peak is that of a process of its own while it trains.",
+    "steps": "Forward, backward and update, with dropout, without augmentation. The Flax CNNs and all U-Nets have 3×3 "
+             "layers, the others 5×5. The peak is that of a process of its own while it trains.",
     "growth": "Forward and both gradients of one 5×5 layer, in ms, against the order N of the cyclic group; the slope is the "
               "exponent of N.",
     "inference": "MnistRotNet. Folded: batch norm merged, computed by the lowerings of the layers or as plain convolutions. "
