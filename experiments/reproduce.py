@@ -72,6 +72,9 @@ ROWS = {
     "flow_cnn_64": Row("flow_cnn_64", (), 1, "plain U-Net, 64 trajectories"),
     "flow_cnn_augmented_64": Row("flow_cnn_augmented_64", (), 1, "plain U-Net, turned at random, 64 trajectories"),
     "flow_p8m": Row("flow_p8m", (), 1, "the same by a U-Net of p8m"),
+    "flow_residual_p4m": Row("flow_residual_p4m", (), 1, "residual network of p4m, 16 trajectories"),
+    "flow_residual_p8m": Row("flow_residual_p8m", (), 1, "residual network of p8m"),
+    "flow_residual_cnn": Row("flow_residual_cnn", (), 1, "plain residual network"),
 }
 """The ledger, first things first. The results of a row are the files ROW_seed0.json, ROW_seed1.json, …"""
 

@@ -1,7 +1,9 @@
 """The simulated flow against analytic fields, and what is said where its solver is missing."""
 
+import functools
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ import pdo_jax as pdo
 from experiments import datasets
 from experiments import flow as rollouts
 from experiments.datasets import Split, flow
+from experiments.residual import ResidualCNN, ResidualNet
 
 P4M = pdo.groups.dihedral(4)
+VECTOR = pdo.fields.standard(P4M)
 
 
 def test_velocities_of_analytic_vorticities():
@@ -91,3 +95,13 @@ def test_the_stencil_of_what_carries_along(monkeypatch):
     found = rollouts.stencil(lambda u: jnp.roll(u, rollouts.MOVED, 1) - u, fields)
     np.testing.assert_allclose(found, rollouts.carried(), atol=1e-6)
     assert found[0, flow.SIZE // 2, flow.SIZE // 2] == -1 and found[0, flow.SIZE // 2 - rollouts.MOVED, flow.SIZE // 2] == 1
+
+
+def test_the_residual_network_turns_with_the_flow():
+    """Under every element of p4m; the plain one of the same layout does not."""
+    u = jnp.asarray(flow.velocity(flow.start(1, 0)), jnp.float32)[:, ::4, ::4, None]
+    for network, turns in ((ResidualNet(VECTOR, 2, 1), True), (ResidualCNN(8, 1), False)):
+        found, variables = jax.jit(network.init_with_output)(jax.random.key(0), u)
+        assert found.shape == u.shape
+        apply = jax.jit(functools.partial(network.apply, variables))
+        assert (pdo.equivariance.error(apply, u, P4M, in_rep=VECTOR, out_rep=VECTOR).max() < 1e-5) == turns

@@ -1,0 +1,11 @@
+"""The baseline of flow_residual_p4m.py: a plain residual network of as many parameters.
+
+    python -m experiments.main --config experiments/configs/flow_residual_cnn.py
+
+Not yet run here.
+"""
+
+from experiments.configs.flow_p4m import config as p4m
+from experiments.residual import ResidualCNN
+
+config = p4m | dict(network=ResidualCNN(width=9, blocks=5))

@@ -1,0 +1,12 @@
+"""A residual network of p8m, of as many parameters as flow_residual_p4m.py's.
+
+    python -m experiments.main --config experiments/configs/flow_residual_p8m.py
+
+Not yet run here.
+"""
+
+from experiments.configs.flow_p8m import VECTOR
+from experiments.configs.flow_residual_p4m import config as p4m
+from experiments.residual import ResidualNet
+
+config = p4m | dict(network=ResidualNet(VECTOR, width=3, blocks=4))

@@ -1,0 +1,61 @@
+"""Residual networks from fields to fields on a torus, all at one resolution: of PDO-eConvs, and a plain one of the same layout."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+import pdo_jax as pdo
+
+
+class ResidualNet(nn.Module):
+    """Pre-activation residual blocks (He et al., ECCV 2016) of regular fields between a field of `rep` and another.
+
+    Each block is two convolutions of 3×3 points and of all operators up to order 2, behind batch norm and ReLU; one layer leads
+    from `rep` to the regular fields, one back.
+
+    Shapes: [batch, *space, channels, rep.dim] -> [batch, *space, 1, rep.dim] float32.
+    """
+
+    rep: pdo.fields.Representation
+    width: int
+    blocks: int
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        group, regular = self.rep.group, pdo.fields.regular(self.rep.group)
+        options = dict(kernel_size=3, padding="CIRCULAR", dtype=self.dtype)
+        conv = partial(pdo.GroupConv, self.width, group, basis=2, **options)
+
+        def activate(x):
+            return nn.relu(pdo.GroupBatchNorm(group, axis_name=self.axis_name)(x, train))
+
+        x = pdo.PDOConv(self.width, self.rep, regular, **options)(x.astype(self.dtype))
+        for _ in range(self.blocks):
+            x = x + conv()(activate(conv()(activate(x))))
+        return pdo.PDOConv(1, regular, self.rep, **options)(activate(x)).astype(jnp.float32)
+
+
+class ResidualCNN(nn.Module):
+    """The same layout in plain 3×3 convolutions: not equivariant. Fields [n, H, W, channels, d] give fields of the same shape."""
+
+    width: int
+    blocks: int
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        conv = partial(nn.Conv, kernel_size=(3, 3), padding="CIRCULAR", use_bias=False, dtype=self.dtype)
+
+        def activate(x):
+            return nn.relu(nn.BatchNorm(not train, momentum=0.9, dtype=self.dtype, axis_name=self.axis_name)(x))
+
+        shape = x.shape
+        x = conv(self.width)(x.reshape(*shape[:3], -1))
+        for _ in range(self.blocks):
+            x = x + conv(self.width)(activate(conv(self.width)(activate(x))))
+        return conv(shape[3] * shape[4])(activate(x)).reshape(shape).astype(jnp.float32)
