@@ -1,4 +1,4 @@
-"""Residual networks from fields to fields on a torus, all at one resolution: of PDO-eConvs, and a plain one of the same layout."""
+"""Residual networks from fields to fields on a torus, at one resolution: of PDO-eConvs, and a plain one of the same layout."""
 
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ class ResidualNet(nn.Module):
 
 
 class ResidualCNN(nn.Module):
-    """The same layout in plain 3×3 convolutions: not equivariant. Fields [n, H, W, channels, d] give fields of the same shape."""
+    """The same layout in plain 3×3 convolutions, not equivariant. Fields [n, H, W, channels, d] give fields of this shape."""
 
     width: int
     blocks: int
