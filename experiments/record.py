@@ -196,9 +196,13 @@ def _is_ours(file: str) -> bool:
 
 
 def _text_hash(file: Path) -> str:
+    return _hash(file.read_bytes())
+
+
+@functools.cache
+def _hash(text: bytes) -> str:
     """Of a program without its comments and docstrings."""
     try:
-        text = file.read_bytes()
         tree = ast.parse(text)
         for node in ast.walk(tree):
             body = getattr(node, "body", None)

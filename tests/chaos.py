@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = """
 from functools import partial
 from experiments.config import piecewise
-from test_train import Net, shift
+from small_runs import Net, shift
 rates = partial(piecewise, {{0: 1e-2, 1: 3e-3}})
 config = dict(network=Net(num_classes=10, dropout=0.3), augment=shift, epochs=4, batch_size=20, learning_rate=rates,
               validation=100, l2=1e-2, ema=0.9, eval_batch_size=200, scan={scan})

@@ -1,9 +1,11 @@
-"""The scripts for many hosts train, with two processes on the loopback interface in place of two hosts.
+"""Several devices, and several processes: the same numbers. The scripts for many hosts train, with two processes on the
+loopback interface in place of two hosts.
 
 `srun`, `scontrol`, `gcloud` are stand-ins that start what they are given twice, with the variables that the real ones set; of
 Kubernetes the pods are played: the containers of the file, started again where they fail.
 """
 
+import json
 import os
 import re
 import signal
@@ -14,10 +16,12 @@ import time
 
 import numpy as np
 import pytest
+import small_runs
 import yaml
-from test_train import ROOT, flat, write_config
+from small_runs import ROOT, flat, write_config
 
-from experiments import saved
+from experiments import config as configs
+from experiments import saved, train
 from experiments.workdir import read_json, saved_epochs
 
 TASKS = """#!{python}
@@ -45,31 +49,52 @@ def environment(tmp_path_factory):
     }.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu",
-                         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-                         "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "SLURM_JOB_ID": str(os.getpid()),
-                         "SLURM_JOB_NODELIST": "node[1-2]", "CHECKOUT": str(ROOT)}
+    return small_runs.environment(folder / "cache") | {
+        "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": sys.executable, "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "node[1-2]", "CHECKOUT": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return write_config(tmp_path_factory.mktemp("config") / "config.py", "dropout=0.3", augment="shift", batch_size="4")
+    changes = {"augment": "shift", "epochs": "6", "ema": "0.9", "label_smoothing": "0.1"}
+    return write_config(tmp_path_factory.mktemp("config") / "config.py", "dropout=0.3", **changes)
 
 
 @pytest.fixture(scope="module")
 def by_slurm(environment, config, tmp_path_factory):
-    """The weights of a run that two tasks of SLURM trained to its end."""
+    """A run that two tasks of SLURM trained to its end."""
     workdir = tmp_path_factory.mktemp("slurm") / "run"
     subprocess.run([ROOT / "experiments/hosts/slurm.sh", config, workdir], env=environment, cwd=ROOT, check=True, timeout=300)
     assert read_json(workdir / "result.json", {"devices": str})["devices"] == "2 x cpu, 2 process(es)"
+    return workdir
+
+
+def weights(workdir):
     return flat(saved.load(workdir)[2])
+
+
+def test_two_devices_two_processes_jit_and_pmap_agree(environment, config, by_slurm, tmp_path):
+    """Same numbers from a mesh, from pmap and from two processes, with dropout, augmentation, averages and smoothing; and,
+    without dropout and augmentation, from one device."""
+    plain = write_config(tmp_path / "plain.py", "")
+    runs = {"mesh": (config, []), "pmap": (config, ["parallel=pmap"]), "two": (plain, [])}
+    program = "from experiments.config import load\nfrom experiments.train import train\n" + "".join(
+        f"train(load({str(file)!r}, {changes}), {str(tmp_path / name)!r})\n" for name, (file, changes) in runs.items())
+    subprocess.run([sys.executable, "-c", program], env=small_runs.environment(tmp_path / "cache", devices=2), check=True)
+    train.train(configs.load(plain), tmp_path / "one")
+    mesh, one = weights(tmp_path / "mesh"), weights(tmp_path / "one")
+    np.testing.assert_allclose(mesh, weights(tmp_path / "pmap"), rtol=0, atol=1e-3)  # sums in another order
+    np.testing.assert_allclose(mesh, weights(by_slurm), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(one, weights(tmp_path / "two"), rtol=1e-3, atol=1e-5)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "mesh", tmp_path / "pmap", by_slurm)]
+    assert len({result["test_error"] for result in results}) == 1
 
 
 def test_a_tpu_slice(environment, config, by_slurm, tmp_path):
     """The processes find each other through JAX alone, and train the same network to the bit."""
     script = ROOT / "experiments/hosts/tpu.sh"
     subprocess.run([script, "slice", "zone", config, tmp_path / "run"], env=environment, cwd=tmp_path, check=True, timeout=300)
-    np.testing.assert_array_equal(flat(saved.load(tmp_path / "run")[2]), by_slurm)
+    np.testing.assert_array_equal(weights(tmp_path / "run"), weights(by_slurm))
 
 
 def test_a_pod_that_dies_in_kubernetes(environment, config, by_slurm, tmp_path):
@@ -93,4 +118,4 @@ def test_a_pod_that_dies_in_kubernetes(environment, config, by_slurm, tmp_path):
     assert pods[1].wait(60) == -signal.SIGKILL and pods[0].wait(60) == 2, "the other one ends too"
     assert not (tmp_path / "run" / "result.json").exists()
     assert [p.wait(200) for p in [pod(0), pod(1)]] == [0, 0]
-    np.testing.assert_array_equal(flat(saved.load(tmp_path / "run")[2]), by_slurm)
+    np.testing.assert_array_equal(weights(tmp_path / "run"), weights(by_slurm))

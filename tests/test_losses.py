@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from test_train import flat
+from small_runs import flat
 
 import pdo_jax as pdo
 from experiments import losses, programs, saved, train

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_train import ROOT, write_config
+from small_runs import ROOT, write_config
 
 import pdo_jax as pdo
 from experiments import main, saved

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from test_train import Net, make_config, make_data
+from small_runs import Net, make_config, make_data
 
 from experiments import config, saved, train
 from experiments.datasets import DataError, load

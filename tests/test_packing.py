@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train import final_state, flat, make_config, make_data
+from small_runs import final_state, flat, make_config, make_data
 
 from experiments import main, packing, train
 from experiments.workdir import TrainError, saved_epochs

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from small_runs import make_config
 from test_own import paint
-from test_train import make_config
 
 from experiments import report, train
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_train import write_config
+from small_runs import write_config
 
 from experiments import config, reproduce, train
 from experiments.reproduce import RESULTS, ROWS, Row, main

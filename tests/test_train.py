@@ -1,11 +1,6 @@
-"""The training loop against a plain one, on several devices and processes, killed and resumed, and on bad input."""
+"""The training loop against a plain one, killed and resumed, and on bad input."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 import types
 from functools import partial
@@ -18,108 +13,14 @@ import numpy as np
 import optax
 import pytest
 from PIL import Image
+from small_runs import Net, final_state, finish, flat, kill, make_config, make_data, shift, start, wait_for, write_config
 
 import pdo_jax as pdo
+from experiments import config as configs
 from experiments import figures, measures, programs, saved, train
 from experiments.baselines import MnistRotCNN, ResNetCNN
-from experiments.config import Config, piecewise
-from experiments.datasets import Dataset, Split
-from experiments.workdir import TrainError, restore, saved_epochs
-
-ROOT = Path(__file__).parents[1]
-
-
-class Net(nn.Module):
-    """A small network with all that training has to carry: weights, a bias, batch statistics and dropout."""
-
-    num_classes: int = 3
-    dropout: float = 0.0
-    dtype: str = "float32"
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        x = nn.Dense(8, use_bias=False, dtype=self.dtype)(x.reshape(len(x), -1))
-        x = nn.BatchNorm(not train, momentum=0.8, dtype=self.dtype, axis_name=self.axis_name)(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype)(x)
-
-
-def shift(key, images):
-    """An augmentation: a random change of brightness for each image."""
-    return images + 0.1 * jax.random.normal(key, (len(images), 1, 1, 1))
-
-
-def make_data(channels: int = 1) -> Dataset:
-    """Three noisy patterns of 4×4 pixels; sizes that are no multiple of any batch."""
-    rng = np.random.default_rng(7)
-    patterns = rng.random((3, 4, 4, channels))
-
-    def split(n):
-        labels = rng.integers(0, 3, n)
-        images = 0.5 * patterns[labels] + 0.5 * rng.random((n, 4, 4, channels))
-        return Split(images.astype(np.float32), labels.astype(np.int32))
-
-    return Dataset("patterns", split(70), split(15), split(33), 3, "made by a test")
-
-
-def make_config(**changes) -> Config:
-    rates = partial(piecewise, {0: 1e-2, 1: 3e-3})
-    return Config(
-        **dict(network=Net(), epochs=3, batch_size=16, learning_rate=rates, l2=1e-2, eval_batch_size=10) | changes
-    )
-
-
-def flat(tree) -> np.ndarray:
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def final_state(workdir: Path, config: Config):
-    fresh = programs.initial_state(config, programs.make_model(config, [0], [1]), (4, 4, 1))
-    return restore(workdir, max(saved_epochs(workdir)), fresh)
-
-
-def write_config(path: Path, network: str, **others: str) -> Path:
-    """A config file of a small network on 500 digits; the values are Python."""
-    values = {"dataset": "'mnist_rot/subset'", "validation": "2500", "eval_batch_size": "512"} | others
-    text = ", ".join(f"{key}={value}" for key, value in values.items())
-    path.write_text(
-        "from test_train import Net, make_config, shift\n"
-        f"config = vars(make_config()) | dict(network=Net(num_classes=10, {network}), {text})\n"
-    )
-    return path
-
-
-def start(config_file: Path, workdir: Path, *arguments, devices: int = 1) -> subprocess.Popen:
-    """The command line in a process of its own, on so many CPU devices."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "cache"),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    }
-    files = ["--config", str(config_file), "--workdir", str(workdir)]
-    command = [sys.executable, "-m", "experiments.main", *files, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(*processes: subprocess.Popen):
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
-
-
-def kill(process: subprocess.Popen):
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-
-
-def wait_for(condition, process: subprocess.Popen):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, "the job ended before it could be killed"
-        time.sleep(0.002)
+from experiments.config import piecewise
+from experiments.workdir import TrainError, saved_epochs
 
 
 @pytest.fixture(scope="module")
@@ -286,29 +187,7 @@ def test_a_network_of_a_group_reports_its_equivariance_and_shows_its_stencils():
     np.testing.assert_allclose(answer, np.einsum("ijfa,ij->fa", kernels, images[0, 2:5, 3:6, 0]), atol=1e-5)
 
 
-# Several devices, several processes, and a kill
-
-
-def test_two_devices_two_processes_jit_and_pmap_agree(tmp_path):
-    """Same numbers from a mesh, from pmap and from two processes, with dropout and augmentation; and, without them,
-    from one device."""
-    config = write_config(tmp_path / "config.py", "dropout=0.3", augment="shift", ema="0.9", label_smoothing="0.1")
-    plain = write_config(tmp_path / "plain.py", "")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    distributed = ["--distributed", "--coordinator", address, "--num-processes", "2", "--process-id"]
-    mesh = start(config, tmp_path / "mesh", devices=2)
-    finish(mesh, start(config, tmp_path / "pmap", "--set", "parallel=pmap", devices=2))
-    finish(*(start(config, tmp_path / "processes", *distributed, str(i)) for i in (0, 1)))
-    finish(start(plain, tmp_path / "one"), start(plain, tmp_path / "two", devices=2))
-    states = {name: flat(saved.load(tmp_path / name)[2]) for name in ("mesh", "pmap", "processes", "one", "two")}
-    np.testing.assert_allclose(states["mesh"], states["pmap"], rtol=0, atol=1e-3)  # sums in another order
-    np.testing.assert_allclose(states["mesh"], states["processes"], rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(states["one"], states["two"], rtol=1e-3, atol=1e-5)
-    results = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in states}
-    assert results["processes"]["devices"] == "2 x cpu, 2 process(es)"
-    assert results["mesh"]["test_error"] == results["pmap"]["test_error"] == results["processes"]["test_error"]
+# Stopped, and killed
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
@@ -318,7 +197,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     config = write_config(tmp_path / "config.py", "dropout=0.3", augment="shift", **small_steps)
     straight, workdir = tmp_path / "straight", tmp_path / "killed"
     metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
-    finish(start(config, straight))
+    train.train(configs.load(config), straight)
 
     killed = start(config, workdir)
     wait_for(lambda: saved_epochs(workdir) == [1], killed)
@@ -380,12 +259,6 @@ def test_a_finished_run_is_not_trained_again(run):
     assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_a_folder_with_another_run_is_refused(run):
-    _, workdir, _ = run
-    with pytest.raises(TrainError, match="another config(.|\n)*epochs: 3 there, 9 here"):
-        train.train(make_config(epochs=9), workdir, make_data())
-
-
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(TrainError, match="belong to no run, such as thesis.tex"):
@@ -400,18 +273,6 @@ def test_an_unwritable_folder_is_refused_before_anything_is_loaded(tmp_path):
         train.train(config, tmp_path / "file" / "run")
     with pytest.raises(TrainError, match="cannot write to the folder /proc/run"):
         train.train(config, Path("/proc/run"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch_size": 71}, "batch_size is 71; the train set has 70 images only"),
-        ({"network": Net(num_classes=4)}, "the network has 4 classes, patterns has 3"),
-    ],
-)
-def test_configs_that_do_not_fit_the_data_are_refused(tmp_path, changes, message):
-    with pytest.raises(TrainError, match=message):
-        train.train(make_config(**changes), tmp_path, make_data())
 
 
 def test_unknown_data_sets_are_refused(tmp_path):
