@@ -11,8 +11,6 @@ discrete coefficients are c_α h^{-|α|}. (A layer with fixed weights on the gri
 import argparse
 import dataclasses
 import itertools
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import pdo_jax as pdo
-from experiments import config, datasets, main, saved, train, workdir
+from experiments import boundary, config, datasets, main, saved, train, workdir
 from experiments.baselines import MnistRotCNN
 from experiments.measures import full_turn, logits_at_angles, relative
 from pdo_jax import fields, groups, kernels, operators, steerable, stencils
@@ -345,7 +343,4 @@ def command(arguments: Sequence[str] | None = None):
 
 
 if __name__ == "__main__":
-    missing = main.process_settings(os.environ, [])
-    if missing:  # as in experiments.main
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
-    command()
+    main.program(lambda: boundary.guarded(command), "what is finished stays")

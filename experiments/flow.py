@@ -10,7 +10,6 @@ runs, and the figures DIR/flow_*.png: vorticities, errors and spectra, and what 
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import pdo_jax as pdo
 from experiments import boundary, config, saved, train
 from experiments.boundary import Refused
 from experiments.datasets import flow
+from experiments.main import program
 
 TOLD = (1, 10, 50)  # steps
 SHOWN = (0, 5, 10, 20, 50)
@@ -214,4 +214,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main, "nothing was written")

@@ -15,9 +15,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments import boundary, together
@@ -239,12 +240,16 @@ def process_settings(environment: Mapping[str, str], accelerators: Sequence[str]
     return {name: value for name, value in settings.items() if name not in environment}
 
 
-def restart_with_settings():
-    """Starts this process again, once, where settings are missing: glibc reads its own when a process starts."""
+def program(function: Callable[[], int], words: str):
+    """Runs a program of its own, whose interruption `words` explains, in a process that was started with the settings: glibc
+    reads its own then, so one in which some are missing starts again, once."""
+    boundary.install(words)
     missing = process_settings(os.environ, [path for pattern in ACCELERATORS for path in glob.glob(pattern)])
     if missing:
         check_flags(os.environ.get("XLA_FLAGS", ""))
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
+    sys.exit(function())
 
 
 def check_flags(flags: str):
@@ -259,6 +264,4 @@ def check_flags(flags: str):
 
 
 if __name__ == "__main__":
-    boundary.install("the same command goes on from the last checkpoint, if it trains")
-    restart_with_settings()
-    sys.exit(main())
+    program(main, "the same command goes on from the last checkpoint, if it trains")

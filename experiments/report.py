@@ -10,7 +10,6 @@ import base64
 import html
 import io
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import boundary, check, config, figures, measures, saved, train
+from experiments.main import program
 from experiments.workdir import TrainError, read_history, read_json, write_text
 
 WORST = 12  # mistakes that are shown
@@ -197,5 +197,4 @@ def _text(value) -> str:
 
 
 if __name__ == "__main__":
-    boundary.install("nothing was written")
-    sys.exit(main())
+    program(main, "nothing was written")

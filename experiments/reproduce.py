@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from experiments import boundary
 from experiments.boundary import Refused
+from experiments.main import program, spare
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"
@@ -81,6 +81,7 @@ ROWS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    spare()
     return boundary.guarded(lambda: work(options))
 
 
@@ -193,9 +194,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    from experiments.main import restart_with_settings, spare
-
-    boundary.install("the same command goes on from the last checkpoint")
-    restart_with_settings()
-    spare()
-    sys.exit(main())
+    program(main, "the same command goes on from the last checkpoint")

@@ -25,7 +25,7 @@ from pathlib import Path
 import jax
 
 import pdo_jax as pdo
-from experiments import config, main, workdir
+from experiments import boundary, config, main, workdir
 from experiments.benchmark import tables
 from experiments.benchmark.cases import FULL, LARGE, QUICK
 from experiments.benchmark.race import PARTS, Options, run
@@ -94,5 +94,4 @@ def command(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # fresh processes and the peers need memory of a GPU too
-    main.restart_with_settings()
-    sys.exit(command())
+    main.program(lambda: boundary.guarded(command), "the cases that ended are kept")
