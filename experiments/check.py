@@ -74,8 +74,8 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
     if config.batch_size > size:
         raise TrainError(f"batch_size is {config.batch_size}; the train set has {size} images only")
 
-    images, targets = (jax.ShapeDtypeStruct((config.batch_size // devices, *array.shape[1:]), array.dtype)
-                       for array in given.train)
+    evaluated = -(-min(config.eval_batch_size, max(512, len(given.test.labels))) // devices)
+    images, targets = (jax.ShapeDtypeStruct((evaluated, *array.shape[1:]), array.dtype) for array in given.train)
     with _trying(f"the network {name} on images {list(images.shape)}"):
         variables = jax.eval_shape(lambda: programs.new_variables(model, jax.random.key(0), shape))
         if not jax.tree.leaves(variables.get("params")):
@@ -89,8 +89,9 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
             raise TrainError(f"the network {name} gives {_kind(outputs)} for images {list(images.shape)}; expected float "
                              f"{'logits' if given.num_classes else 'numbers'} {list(expected)}")
     if config.augment:
-        with _trying(f"augment on images {list(images.shape)}"):
-            arrays = (images, targets) if targets.ndim > 1 else (images,)
+        batch = [jax.ShapeDtypeStruct((config.batch_size // devices, *array.shape[1:]), array.dtype) for array in given.train]
+        with _trying(f"augment on images {list(batch[0].shape)}"):
+            arrays = batch if targets.ndim > 1 else batch[:1]
             changed = jax.eval_shape(config.augment, jax.random.key(0), *arrays)
             if targets.ndim > 1 and not (isinstance(changed, tuple | list) and len(changed) == 2):
                 raise TrainError(f"augment gives {_kind(changed)}; expected images and targets")

@@ -39,8 +39,8 @@ class GroupBatchNorm(nn.Module):
     [batch, *space] or [*space], of the points that count, such as those of ragged images; the others become 0.
 
     Raises:
-      ValueError: an input of another shape, a representation that mixes values (use ``FieldBatchNorm``), or a layer that is not
-        told, or told twice, whether it trains.
+      ValueError: an input of another shape, a representation that mixes values (use ``FieldBatchNorm``), a layer that is not
+        told, or told twice, whether it trains, or running averages that are missing, or fixed while it trains.
 
     >>> import jax, pdo_jax as pdo
     >>> norm = pdo.GroupBatchNorm(pdo.groups.cyclic(8))
@@ -123,11 +123,22 @@ def update(module: nn.Module, running: Mapping[str, nn.Variable[Any]], batch: Ma
 
 
 def trains(module: nn.Module, attribute: str, train: bool | None) -> bool:
-    """Whether a layer trains, which its attribute denies, or its call says, never both."""
+    """Whether a layer trains, which its attribute denies, or its call says, never both; an error if it then lacks something."""
     if ((fixed := getattr(module, attribute)) is None) == (train is None):
         raise ValueError(f"{type(module).__name__} must be told once whether it trains: by train=True or False when it is "
                          f"called, or by {attribute}=False or True when it is made; got train={train} and {attribute}={fixed}")
-    return not fixed if train is None else train
+    train = not fixed if train is None else train
+    name = f"{type(module).__name__} {'/'.join(module.path)}".rstrip()
+    if attribute == "use_running_average" and not module.is_mutable_collection("batch_stats"):
+        if train:
+            raise ValueError(f"{name} trains, and its running averages cannot change: give apply mutable=['batch_stats'], "
+                             "which returns them too, or call it with train=False")
+        if "batch_stats" not in module.variables:
+            raise ValueError(f"{name} has no running averages: give apply all that init returned, batch_stats beside params")
+    if attribute == "deterministic" and train and module.rate and not module.has_rng("dropout"):
+        raise ValueError(f"{name} trains, and has no randomness: give apply rngs={{'dropout': key}}, or call it with "
+                         "train=False")
+    return train
 
 
 def floating(x: Array) -> jax.Array:
@@ -148,7 +159,8 @@ class GroupDropout(nn.Module):
     when training.
 
     Raises:
-      ValueError: a rate outside [0, 1), an input of another shape, or a layer not told, or told twice, whether it trains.
+      ValueError: a rate outside [0, 1), an input of another shape, a layer not told, or told twice, whether it trains, or
+        training without the stream.
 
     >>> import jax, pdo_jax as pdo
     >>> layer = pdo.GroupDropout(0.5, pdo.groups.cyclic(4))

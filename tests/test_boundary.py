@@ -2,16 +2,20 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from small_runs import ROOT
 
-from experiments import boundary, main, together
+from experiments import boundary, equivariance, main, reproduce, together, train  # noqa: F401 — before another user asks
 from experiments.boundary import Refused
 from experiments.config import load
+from experiments.datasets import DataError, store
 from experiments.workdir import TrainError
 
 # The command line
@@ -92,6 +96,44 @@ def test_a_bad_environment_is_told_in_one_line(tmp_path, environment, arguments,
     error = ended.stderr.decode(errors="replace")
     assert ended.returncode == code or code is None
     assert line in error and "Traceback" not in error and len(error.splitlines()) <= 1
+
+
+def as_another_user(function):
+    """What happens to a user who owns nothing, as root can write everywhere; others cannot where the mode says so."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        return function()
+    finally:
+        os.seteuid(user)
+
+
+def test_folders_that_must_not_be_written_are_named(capsys):
+    """Of a run, new or begun, of results, of figures: one line; and of data."""
+    import tensorflow_datasets  # noqa: F401 — the other user may not read where it lies
+
+    with tempfile.TemporaryDirectory() as folder:
+        (begun := Path(folder, "begun")).mkdir()
+        (begun / "config.json").write_text("{}")
+        file = shutil.copy(main.QUICK, folder)
+        try:
+            for path in (begun, Path(folder)):
+                path.chmod(0o555)
+            for program, arguments in [
+                (main.main, ["--config", file, "--workdir", f"{folder}/new"]),
+                (main.main, ["--config", file, "--workdir", str(begun)]),
+                (reproduce.main, ["mnist_rot_20_float32", "--out", f"{folder}/results"]),
+                (lambda given: boundary.guarded(lambda: equivariance.command(given)), ["--out", f"{folder}/figures"]),
+            ]:
+                assert as_another_user(lambda program=program, arguments=arguments: program(arguments)) == 2
+                (line,) = capsys.readouterr().err.splitlines()
+                assert line.startswith("error: ") and "Permission denied" in line and arguments[-1] in line
+            with pytest.raises(DataError, match=f"(?s)cannot write the data set cifar10 under {folder}.*PDO_DATA_DIR"):
+                as_another_user(lambda: store.load("cifar10", data_dir=Path(folder)))
+        finally:
+            for path in (Path(folder), begun):
+                path.chmod(0o755)
 
 
 # Processes that train together

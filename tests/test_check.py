@@ -54,10 +54,10 @@ class Text(nn.Module):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"network": Raises()}, r"the network Raises on images \[16, 4, 4, 1\] fails: ZeroDivisionError: on purpose"),
+        ({"network": Raises()}, r"the network Raises on images \[10, 4, 4, 1\] fails: ZeroDivisionError: on purpose"),
         ({"network": NoTrain()}, "the network NoTrain on images .* fails: TypeError: .*train"),
         ({"network": Volume()}, "the network Volume on images .* fails: "),
-        ({"network": Image2()}, r"gives float32\[16, 4, 4, 3\] for images .*; expected float logits \[16, 3\]"),
+        ({"network": Image2()}, r"gives float32\[10, 4, 4, 3\] for images .*; expected float logits \[10, 3\]"),
         ({"network": Text()}, "the network Text on images .* fails: TypeError"),
         ({"network": Stateful()}, "has variables 'cache'; only params and batch_stats are kept"),
         ({"network": Net(num_classes=4)}, "the network has 4 classes, patterns has 3"),

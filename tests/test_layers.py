@@ -174,12 +174,10 @@ def test_dropout_is_equivariant_to_the_group_axis():
 
 
 def test_dropout_in_evaluation_is_the_identity():
-    """Without training, or at rate 0, nothing is dropped and no random stream is needed; training needs one."""
+    """Without training, or at rate 0, nothing is dropped and no random stream is needed."""
     x = normal(2, 3, 3, 2, 4)
     np.testing.assert_array_equal(pdo.GroupDropout(0.5, P4).apply({}, x, False), x)
     np.testing.assert_array_equal(pdo.GroupDropout(0.0, P4).apply({}, x, True), x)
-    with pytest.raises(Exception, match="dropout"):
-        pdo.GroupDropout(0.5, P4).apply({}, x, True)
 
 
 @pytest.mark.parametrize("rate", [1e-7, 1 - 1e-7])
@@ -241,3 +239,18 @@ def test_a_layer_is_told_once_whether_it_trains(layer, attribute):
     for given, train in ((layer, None), (layer.clone(**{attribute: True}), False), (layer.clone(**{attribute: False}), False)):
         with pytest.raises(ValueError, match=rf"{type(layer).__name__} must be told once.*train=.*{attribute}="):
             given.init({"params": jax.random.key(0)}, x, train)
+
+
+@pytest.mark.parametrize("lacking, train, message", [
+    ({"mutable": False}, True, r"GroupBatchNorm layers_1 trains, .*give apply mutable=\['batch_stats'\].* train=False"),
+    ({"rngs": {}}, True, r"GroupDropout layers_3 trains, .*give apply rngs=\{'dropout': key\}, or .* train=False"),
+    ({"batch_stats": {}}, False, "GroupBatchNorm layers_1 has no running averages: give apply all that init returned"),
+])
+def test_what_a_call_lacks_is_named(lacking, train, message):
+    """Running averages that are missing or fixed, or no randomness: the layer, where it stands, and the remedy."""
+    x, given = jnp.ones((1, 4, 4, 1)), {"mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(0)}} | lacking
+    variables = jax.eval_shape(lambda x: Composed().init(jax.random.key(0), x, False), x)
+    if "batch_stats" in given:
+        variables, given = {"params": variables["params"]}, {}
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda v: Composed().apply(v, x, train, **given), variables)

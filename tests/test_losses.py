@@ -162,9 +162,9 @@ class Flat(nn.Module):
 
 
 @pytest.mark.parametrize(("changes", "make", "classes", "message"), [
-    (SEGMENTATION | {"network": Flat()}, pixels, 2, r"gives float32\[8, 2\] .*; expected float logits \[8, 6, 6, 2\]"),
-    (FIELDS | {"network": Flat()}, moving, None, r"expected float numbers \[8, 6, 6, 1, 2\]"),
-    (FIELDS | {"loss": lambda outputs, targets: 0.0}, moving, None, r"loss gives .*; expected a float for each example, \[8\]"),
+    (SEGMENTATION | {"network": Flat()}, pixels, 2, r"gives float32\[10, 2\] .*; expected float logits \[10, 6, 6, 2\]"),
+    (FIELDS | {"network": Flat()}, moving, None, r"expected float numbers \[10, 6, 6, 1, 2\]"),
+    (FIELDS | {"loss": lambda outputs, targets: 0.0}, moving, None, r"loss gives .*; expected a float for each .*, \[10\]"),
     (FIELDS | {"label_smoothing": 0.1}, moving, None, "label_smoothing is for classes"),
     (FIELDS | {"metrics": {"error": losses.ERROR}}, moving, None, "metrics fails"),
     (FIELDS | {"augment": lambda key, x: x}, moving, None, "augment .* fails: TypeError"),
