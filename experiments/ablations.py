@@ -12,7 +12,6 @@ import argparse
 import functools
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from experiments import baselines, boundary, config, programs, reproduce, train,
 from experiments.config import Config
 from experiments.configs import mnist_rot_best
 from experiments.datasets import augment
+from experiments.main import program, spare
 
 RESULTS = reproduce.RESULTS / "ablations.json"
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
@@ -210,11 +210,11 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
-    from experiments.main import restart_with_settings, spare
-
-    boundary.install("the same command goes on after the last trial")
-    restart_with_settings()
-    spare()
+def main() -> int:
     options = parser().parse_args()
-    sys.exit(boundary.guarded(lambda: work(options)))
+    spare()
+    return boundary.guarded(lambda: work(options))
+
+
+if __name__ == "__main__":
+    program(main, "the same command goes on after the last trial")
