@@ -6,7 +6,7 @@ too, any other shape is rejected.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,8 +65,7 @@ class GroupBatchNorm(nn.Module):
         shape = x.shape[-2:-1]
         factor = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        running = {"mean": self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32),
-                   "var": self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)}
+        running = averages(self, train, shape, mean=jnp.zeros, var=jnp.ones)
         wide, first, second = x.astype(jnp.promote_types(x.dtype, jnp.float32)), running["mean"].value, running["var"].value
         if train:
             wide, pivot, first, second = moments(wide, None if self.is_initializing() else self.axis_name, mask)
@@ -123,22 +122,27 @@ def update(module: nn.Module, running: Mapping[str, nn.Variable[Any]], batch: Ma
 
 
 def trains(module: nn.Module, attribute: str, train: bool | None) -> bool:
-    """Whether a layer trains, which its attribute denies, or its call says, never both; an error if it then lacks something."""
+    """Whether a layer trains, which its attribute denies, or its call says, never both."""
     if ((fixed := getattr(module, attribute)) is None) == (train is None):
         raise ValueError(f"{type(module).__name__} must be told once whether it trains: by train=True or False when it is "
                          f"called, or by {attribute}=False or True when it is made; got train={train} and {attribute}={fixed}")
-    train = not fixed if train is None else train
-    name = f"{type(module).__name__} {'/'.join(module.path)}".rstrip()
-    if attribute == "use_running_average" and not module.is_mutable_collection("batch_stats"):
+    return not fixed if train is None else train
+
+
+def averages(module: nn.Module, train: bool, shape: Sequence[int], **starts: Callable[..., Any]) -> dict[str, nn.Variable[Any]]:
+    """Running averages by name; an error where they are missing, or cannot change while the module trains."""
+    if not module.is_mutable_collection("batch_stats"):
         if train:
-            raise ValueError(f"{name} trains, and its running averages cannot change: give apply mutable=['batch_stats'], "
-                             "which returns them too, or call it with train=False")
-        if "batch_stats" not in module.variables:
-            raise ValueError(f"{name} has no running averages: give apply all that init returned, batch_stats beside params")
-    if attribute == "deterministic" and train and module.rate and not module.has_rng("dropout"):
-        raise ValueError(f"{name} trains, and has no randomness: give apply rngs={{'dropout': key}}, or call it with "
-                         "train=False")
-    return train
+            raise ValueError(f"{named(module)} trains, and its running averages cannot change: give apply "
+                             "mutable=['batch_stats'], which returns them too, or call it with train=False")
+        if not all(module.has_variable("batch_stats", name) for name in starts):
+            raise ValueError(f"{named(module)} has no running averages: give apply all that init returned, batch_stats too")
+    return {name: module.variable("batch_stats", name, start, shape, jnp.float32) for name, start in starts.items()}
+
+
+def named(module: nn.Module) -> str:
+    """The kind of a module, and where it stands."""
+    return f"{type(module).__name__} {'/'.join(module.path)}".rstrip()
 
 
 def floating(x: Array) -> jax.Array:
@@ -182,6 +186,9 @@ class GroupDropout(nn.Module):
         x, back = as_field("GroupDropout", x, self.group)
         if not train or self.rate == 0:
             return back(x)
+        if not self.has_rng("dropout"):
+            raise ValueError(f"{named(self)} trains, and has no randomness: give apply rngs={{'dropout': key}}, or call it "
+                             "with train=False")
         x = floating(x)
         batch, *space, channels, _ = x.shape
         space = [1] * len(space) if self.channels else space

@@ -27,7 +27,7 @@ from pdo_jax.fields import (
     trivial,
 )
 from pdo_jax.groups import Array, Group
-from pdo_jax.layers import GroupBatchNorm, floating, masked, mean, trains, update
+from pdo_jax.layers import GroupBatchNorm, averages, floating, masked, mean, trains, update
 from pdo_jax.lowering.channels import along, scale
 from pdo_jax.lowering.layout import merge, split
 
@@ -273,7 +273,7 @@ class _LengthNorm(nn.Module):
     def __call__(self, x, train, mask):
         x, mask = masked(floating(x), mask)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        running = {"square": self.variable("batch_stats", "square", jnp.ones, x.shape[-2:-1], jnp.float32)}
+        running = averages(self, train, x.shape[-2:-1], square=jnp.ones)
         factor = self.param("scale", nn.initializers.ones, x.shape[-2:-1], jnp.float32).astype(wide.dtype)
         square = running["square"].value.astype(wide.dtype)
         if train:

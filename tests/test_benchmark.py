@@ -120,7 +120,7 @@ def test_the_command_keeps_whole_files_and_draws_growth(tmp_path, capsys, monkey
 def test_the_sizes_are_those_of_the_paper():
     """By default the widths are 56 to 640, and the networks those of the paper."""
     assert [8 * channels for channels, *_ in cases.FULL.layers] == [56, 184, 360, 640]
-    assert list(cases.FULL.tasks) == ["MnistRotNet", "p6", "p6m", "p8", "p8_wide"]
+    assert list(cases.FULL.tasks) == ["MnistRotNet", "p6", "p6m", "p8", "p8_wide", "UNet"]
     tasks = (cases.FULL.tasks[name] for name in ("MnistRotNet", "p8_wide"))
     assert [cases.count(cases.setting(task, "float32").network, task.shape) for task in tasks] == [26747, 4591630]
     assert {name: task.batch for name, task in cases.LARGE.tasks.items()} == dict.fromkeys(cases.FULL.tasks, 128)

@@ -10,28 +10,15 @@ import http.server
 import io
 import json
 import subprocess
-import sys
 import tarfile
 import threading
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.datasets import (
-    DataError,
-    Dataset,
-    Split,
-    builders,
-    compact,
-    load,
-    make_subset,
-    rotation,
-    sources,
-    store,
-)
+from experiments.datasets import DataError, Split, builders, compact, load, rotation, sources
 
 RNG = np.random.default_rng(0)
 NOWHERE = "http://127.0.0.1:9"  # a port that nobody listens on
@@ -399,40 +386,3 @@ def test_an_unknown_name(name):
 def test_a_bad_count_of_validation_examples(validation):
     with pytest.raises(ValueError, match="whole number from 0 to 2999 for mnist_rot/subset, got"):
         load("mnist_rot/subset", validation=validation)
-
-
-# ---- the embedded subset
-
-
-def test_the_subset_holds_the_digits_it_was_made_of():
-    """Checksums of the first 3 000 and 1 000 digits of mnist_rot/regenerated, taken where that was prepared."""
-    with np.load(store.SUBSET) as arrays:
-        sums = {name: hashlib.sha256(arrays[name].tobytes()).hexdigest()[:16] for name in arrays}
-    assert sums == {
-        "train_images": "9bbf9bd5579a48ee",
-        "train_labels": "b4b48a08977f4329",
-        "test_images": "5aacd38843b3969f",
-        "test_labels": "b7a541b9162285a1",
-    }
-    dataset = load("mnist_rot/subset", validation=500)
-    assert [split.images.shape for split in dataset[1:4]] == [(2500, 28, 28, 1), (500, 28, 28, 1), (1000, 28, 28, 1)]
-    assert dataset.train.images.min() == 0 and dataset.train.images.max() == 1
-    assert "not the official file" in dataset.note
-
-
-def test_making_the_subset_is_reproducible(tmp_path):
-    subset = load("mnist_rot/subset")
-    more = Split(*(np.concatenate([array, array[:50]]) for array in subset.train))
-    whole = Dataset("mnist_rot/regenerated", more, subset.validation, subset.test, 10, "")
-    make_subset.write(tmp_path / "again.npz", whole)
-    with np.load(tmp_path / "again.npz") as again, np.load(store.SUBSET) as embedded:
-        assert sorted(again) == sorted(embedded)
-        for name in again:
-            np.testing.assert_array_equal(again[name], embedded[name])
-
-
-def test_the_subset_needs_neither_tfds_nor_jax():
-    check = "import sys; from experiments.datasets import load; load('mnist_rot/subset'); print(*sys.modules)"
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", check], cwd=root, capture_output=True, text=True, check=True)
-    assert not {"tensorflow_datasets", "jax"} & set(done.stdout.split())

@@ -23,6 +23,7 @@ from experiments import main, saved
 def test_the_command_line_trains_evaluates_and_predicts(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(saved, "ANGLES", 50)
     write_config(Path("small.py"), "", epochs="1")
     assert main.main(["--config", "small.py", "--set", "seed=3"]) == 0
     output = capsys.readouterr().out
@@ -33,7 +34,7 @@ def test_the_command_line_trains_evaluates_and_predicts(tmp_path, capsys, monkey
         assert main.main(["--evaluate", path]) == 0
         output = capsys.readouterr().out
         assert f"epoch 1: test error {result['test_error']:.2%} of 1000 images (" in output and "95 %) on mnist" in output
-        assert "accuracy on the first 500 of them at 24 angles" in output
+        assert "accuracy on the first 50 of them at 24 angles" in output
     confusion = np.array([line.split()[1:] for line in output.splitlines()[3:13]], int)
     assert confusion.sum() == 1000 and 1 - np.trace(confusion) / 1000 == pytest.approx(result["test_error"])
 
