@@ -36,16 +36,16 @@ def apart(x):
 
 
 def module(layer, x, *arguments, **options):
-    """An item of a Flax module; running averages are given, and returned with the output."""
-    variables = jax.jit(lambda x: layer.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x, *arguments))(x)
-    leaves, tree = jax.tree.flatten(variables.get("params", {}))
-    params = tree.unflatten([w + normal(*w.shape, seed=k, dtype=w.dtype) / 4 for k, w in enumerate(leaves)])
-    rest = {name: value for name, value in variables.items() if name != "params"}
+    """An item of a Flax module, of random variables; running averages are given, and returned with the output."""
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda x: layer.init(keys, x, *arguments), x))
+    variables = tree.unflatten([normal(*w.shape, seed=k, dtype=w.dtype) / 2 for k, w in enumerate(leaves)])
+    rest = {name: jax.tree.map(lambda v: 1 + abs(v), value) for name, value in variables.items() if name != "params"}
 
     def call(params, x):
         return layer.apply({"params": params, **rest}, x, *arguments, mutable=list(rest), **options)
 
-    return Item(call, params, x)
+    return Item(call, variables.get("params", {}), x)
 
 
 class Network(nn.Module):
@@ -91,6 +91,9 @@ def items(dim, batch=2, dtype=jnp.float32):
     if dim == 2:
         made["max_pool, tiling"] = lambda: Item(lambda _, x: pdo.max_pool(x, group), {}, apart(field()[:, :, :4]))
         made["network"] = lambda: module(Network(group, "auto"), field(None), True)
+    if dim > 1:
+        made["UNet"] = lambda: module(pdo.networks.UNet(
+            group, (1, 2), vector, blocks=1, pool=pdo.mean_pool, activation=nn.tanh), field(None), True)
     return made | {
         "GroupBatchNorm, training": lambda: module(pdo.GroupBatchNorm(group), field(), True),
         "GroupBatchNorm, scalars": lambda: module(pdo.GroupBatchNorm(group), field(None), True),
@@ -127,7 +130,12 @@ def items(dim, batch=2, dtype=jnp.float32):
 
 ALL = [(dim, name) for dim in GROUPS for name in items(dim)]
 DIFFERENT = ("LiftingConv auto", "GroupConv auto", "PDOConv auto", "GroupBatchNorm, training", "max_pool")  # in every dimension
-TWINS = ("FieldNorm, points, scalars", "FieldBatchNorm, training, masked", "upsample nearest", "mean_pool 3/1 periodic")
+TWINS = ("FieldNorm, points, scalars", "FieldBatchNorm, training, masked", "upsample nearest", "mean_pool 3/1 periodic", "UNet")
 CORE = [(dim, name) for dim, name in ALL if name in DIFFERENT or dim == 2 and name not in TWINS]
 """All of the plane but twins of others, and of the line and of space what is computed differently there: for tests that
 compile."""
+
+
+def has_statistics(name):
+    """Of the batch, so that an example's output depends on the others."""
+    return any(word in name for word in ("training", "scalars", "network", "UNet"))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from quick import jit
-from table import ALL, CORE, items
+from table import ALL, CORE, has_statistics, items
 
 import pdo_jax as pdo
 
@@ -103,39 +103,53 @@ def test_float64(dim, name):
     with jax.enable_x64(True):
         call, variables, x = items(dim, dtype=jnp.float64)[name]()
         outputs = jax.tree.leaves(jax.eval_shape(call, variables, x))
-        assert outputs[0].dtype == jnp.float64 or name == "network"
+        assert outputs[0].dtype == jnp.float64 or name in ("network", "UNet")
         assert {v.dtype for v in (*jax.tree.leaves(variables), *outputs[1:])} <= {jnp.dtype(jnp.float32)}
 
 
-@pytest.mark.parametrize("name", [name for name in items(2) if name.split()[-1] not in ("dense", "matmul", "fourier")])
+@pytest.mark.parametrize("name", [name for name in items(2) if name.split()[-1] not in ("dense", "matmul", "fourier", "UNet")])
 def test_without_jit(name):
-    """``jax.disable_jit`` runs the same operations one by one."""
+    """``jax.disable_jit`` runs the same operations one by one; those of gradients too, in a network."""
+    (call, variables, x), ways = item(2, name), values if name == "network" else floats
     with jax.disable_jit():
-        found = values(item(2, name).call)(*item(2, name)[1:])
-    assert_close(found, reference(2, name), 1e-4)
+        found = ways(call)(variables, x)
+    assert_close(found, reference(2, name) if name == "network" else reference(2, name)[0], 1e-4)
 
 
 @COMPILED
 def test_an_empty_batch(dim, name):
-    """A batch of none: empty results, and gradients that are 0, not an error."""
+    """A batch of none: empty results, and gradients that are 0, not an error, nor NaN from statistics of nothing."""
     call, variables, x = item(dim, name)
+    if not has_statistics(name):
+        assert jax.eval_shape(values(call), variables, x[:0])[1][1].shape == (0, *x.shape[1:])
+        return
     _, (dvariables, dx) = jit(values(call))(variables, x[:0])
     assert dx.shape == (0, *x.shape[1:])
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), dvariables)
 
 
+def transformed(call):
+    """The outputs of a checkpoint of a vmap of the call, in a scan."""
+    each = jax.checkpoint(jax.vmap(floats(call), (None, 0)))
+    return lambda v, x: jax.lax.scan(lambda c, x: (c, each(v, x)), 0, x[None, None])[1][0, 0]
+
+
 @COMPILED
-def test_vmap_scan_and_remat(dim, name):
-    """vmap, a scan and a checkpoint of a call, and their gradients, are those of the call."""
-    (call, variables, x), expected = item(dim, name), reference(dim, name)
-    flat = floats(call)
-    ways = {
-        "vmap": lambda v, x: jax.vmap(flat, (None, 0))(v, x[None])[0],
-        "scan": lambda v, x: jax.lax.scan(lambda c, x: (c, flat(v, x)), 0, x[None])[1][0],
-        "remat": jax.checkpoint(flat),
-    }
-    for found in jit(lambda v, x: [values(fn)(v, x) for fn in ways.values()])(variables, x):
-        assert_close(found, expected)
+def test_vmap_remat_and_scan(dim, name):
+    """A call inside all three gives what the call gives, gradients too."""
+    call, variables, x = item(dim, name)
+    assert_close(jit(values(transformed(call)))(variables, x), reference(dim, name))
+
+
+@pytest.mark.parametrize("dim, name", [each for each in ALL if each not in CORE], ids=str)
+def test_the_others_in_one_program(dim, name):
+    """What is computed in other dimensions as in the plane: under x64, with NaN as an error, inside vmap, remat and scan, the
+    outputs and gradients are, in their types too, those of the call."""
+    call, variables, x = item(dim, name)
+    with jax.enable_x64(True), jax.debug_nans(True):
+        found, expected = jit(lambda v, x: (values(transformed(call))(v, x), values(call)(v, x)))(variables, x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found[1], (variables, x))
+    assert_close(found, expected)
 
 
 @COMPILED
