@@ -9,5 +9,5 @@ os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTEN
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{worker}"  # of its own, for JAX writes these files without a lock
 else:
-    SESSION = tempfile.TemporaryDirectory(prefix="pdo_jax-tests-")
+    SESSION = tempfile.TemporaryDirectory(prefix="pdo_jax-tests-", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = SESSION.name
