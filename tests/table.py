@@ -35,12 +35,18 @@ def apart(x):
     return (x.reshape(-1).argsort().argsort().reshape(x.shape) / 8).astype(x.dtype)
 
 
-def module(layer, x, *arguments, **options):
-    """An item of a Flax module, of random variables; running averages are given, and returned with the output."""
+def random_variables(layer, x, *arguments):
+    """Nothing is run to make them; those that are no parameters are at least 1."""
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda x: layer.init(keys, x, *arguments), x))
     variables = tree.unflatten([normal(*w.shape, seed=k, dtype=w.dtype) / 2 for k, w in enumerate(leaves)])
-    rest = {name: jax.tree.map(lambda v: 1 + abs(v), value) for name, value in variables.items() if name != "params"}
+    return {name: value if name == "params" else jax.tree.map(lambda v: 1 + abs(v), value) for name, value in variables.items()}
+
+
+def module(layer, x, *arguments, **options):
+    """An item of a Flax module, of random variables; running averages are given, and returned with the output."""
+    variables = random_variables(layer, x, *arguments)
+    rest = {name: value for name, value in variables.items() if name != "params"}
 
     def call(params, x):
         return layer.apply({"params": params, **rest}, x, *arguments, mutable=list(rest), **options)

@@ -10,7 +10,7 @@ TESTS = Path(__file__).parent
 
 def test_every_item_over_every_kind_of_mesh():
     """In a process of two CPU devices: equal outputs, sharded as the input, and equal sums in the gradients."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2",
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "JAX_ENABLE_COMPILATION_CACHE": "false",
                    "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     environment.pop("XLA_FLAGS", None)
     done = subprocess.run([sys.executable, "-W", "error", TESTS / "on_meshes.py"], env=environment, capture_output=True,
