@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from experiments import programs
 from experiments.config import Config, ConfigError
-from experiments.datasets import SPLITS, Dataset, Split
+from experiments.datasets import SPLITS, Dataset, Split, stream
 from experiments.workdir import TrainError
 
 
@@ -38,7 +38,9 @@ def data(given: Dataset) -> Dataset:
 
 
 def _split(given, name):
-    images, labels = (np.asarray(array) for array in getattr(given, name))
+    images, labels = getattr(given, name)
+    streamed, labels = isinstance(images, stream.Images), np.asarray(labels)
+    images = images if streamed else np.asarray(images)
     where = f"the {name} set of {given.name}"
     fits = labels.shape[:1] == images.shape[:1] if given.num_classes is None else (
         0 < labels.ndim < images.ndim and labels.shape == images.shape[: labels.ndim])
@@ -47,10 +49,12 @@ def _split(given, name):
                          "[n], or [n, *space] for a class of each pixel")
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise TrainError(f"{where} has images of type {images.dtype}; give bytes (uint8, 0 … 255) or floats in [0, 1]")
-    floats = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
+    floats = images if streamed else (
+        images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32, copy=False))
+    finite = streamed or np.isfinite(floats).all()  # `stream.verify` looks at what is streamed
     if given.num_classes is None:
         numbers = labels.astype(np.float32, copy=False) if labels.dtype.kind in "fiu" else np.full(1, np.nan)
-        if not (np.isfinite(floats).all() and np.isfinite(numbers).all()):
+        if not (finite and np.isfinite(numbers).all()):
             raise TrainError(f"{where} has images or targets that are not finite numbers; look for NaN or infinity in it")
         return Split(floats, numbers)
     if not np.issubdtype(labels.dtype, np.integer):
@@ -58,14 +62,20 @@ def _split(given, name):
     if len(labels) and not 0 <= labels.min() <= labels.max() < given.num_classes:
         raise TrainError(f"{where} has labels from {labels.min()} to {labels.max()}; with {given.num_classes} classes they "
                          f"must lie in 0 … {given.num_classes - 1}")
-    if not np.isfinite(floats).all():
+    if not finite:
         raise TrainError(f"{where} has images with numbers that are not finite; look for NaN or infinity in it")
     return Split(floats, labels.astype(np.int32, copy=False))
 
 
 def run(config: Config, model, given: Dataset, mesh: Mesh):
     """Traces all that will be computed, on shapes; nothing is compiled."""
-    network, devices = config.network, mesh.size
+    network, devices, streamed = config.network, mesh.size, isinstance(given.train.images, stream.Images)
+    if config.stream is True and not streamed:
+        raise TrainError(f"{given.name} is arrays in memory, which cannot be streamed; stream is for folder:PATH, tfds:NAME, "
+                         "and functions that give datasets.stream.Images")
+    if streamed and config.scan is True:
+        raise TrainError(f"{given.name} is streamed, and scan=True needs all of it on the devices; leave scan out, or set "
+                         "stream=False")
     size, shape, name = len(given.train.labels), given.train.images.shape[1:], type(network).__name__
     if given.num_classes and getattr(network, "num_classes", given.num_classes) != given.num_classes:
         raise TrainError(f"the network has {network.num_classes} classes, {given.name} has {given.num_classes}")

@@ -44,6 +44,9 @@ class Config:
     (see `datasets.own`); or a function without arguments that gives a `datasets.Dataset`."""
     image_size: int | None = None
     """Height and width that pictures of your own are brought to; None: they have one size."""
+    stream: Literal["auto", True, False] = "auto"
+    """Pictures of folder: and tfds: stay where they are, and batches are read while the step before them runs: the same numbers
+    for less memory. "auto": if the pictures would take more than a quarter of it. See `datasets.stream`."""
     data_dir: str | None = None
     """Where data sets are kept; None is the data sets' own default."""
     validation: int = 0

@@ -2,8 +2,10 @@
 
 The data set lives on every device. An epoch is one compiled program over a permutation of the train set; each device
 takes its share of every batch, and gradients, batch statistics and metrics are averaged over the mesh axis "data".
+Of a data set that is streamed each device is sent its share of every batch, in the same order, while the step before it runs.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import pdo_jax as pdo
 from experiments import datasets
 from experiments.config import Config
+from experiments.datasets import stream
 from experiments.workdir import TrainError
 
 
@@ -50,7 +53,8 @@ class Model(NamedTuple):
 
 
 def step_function(config: Config, model: Model, steps_per_epoch: int, devices: int) -> Callable:
-    """One update on the images at `rows` [batch], as one device sees it: it takes its share of the rows."""
+    """One update on the images at `rows` [batch], as one device sees it: it takes its share of the rows. Without rows, on the
+    images that it is given."""
     if hasattr(model.network, "axis_name"):
         model = model._replace(network=model.network.clone(axis_name="data"))
     elif devices > 1:
@@ -59,10 +63,11 @@ def step_function(config: Config, model: Model, steps_per_epoch: int, devices: i
     optimiser = make_optimiser(config, steps_per_epoch)
 
     @functools.partial(jax.jit, inline=True)  # so that it is traced once: to be tried, to be looked at, and to be run
-    def step(state, images, labels, rows):
+    def step(state, x, y, rows=None):
         device = lax.axis_index("data")
-        rows = rows.reshape(devices, -1)[device]
-        x, y = images[rows], labels[rows]
+        if rows is not None:
+            rows = rows.reshape(devices, -1)[device]
+            x, y = x[rows], y[rows]
         key = jax.random.fold_in(jax.random.fold_in(keys(config)[1], state.step), device)
         augment_key, dropout_key = jax.random.split(key)
         if config.augment and y.ndim > 1:
@@ -95,29 +100,61 @@ def step_function(config: Config, model: Model, steps_per_epoch: int, devices: i
     return step
 
 
-def epoch_program(config: Config, model: Model, split: datasets.Split, mesh: Mesh, state: State):
-    """(A function of state and epoch, counted from 1, that gives state and metrics; whether it is a compiled loop)."""
+def epoch_program(config: Config, model: Model, split: datasets.Split, mesh: Mesh, state: State,
+                  stack: contextlib.ExitStack | None = None):
+    """(A function of state and epoch, counted from 1, that gives state and metrics; whether it is a compiled loop).
+
+    What is streamed begins at the step of `state`, and ends with `stack`.
+    """
     steps = len(split.labels) // config.batch_size
     step = step_function(config, model, steps, mesh.size)
-    images, labels = place(mesh, split)
-    scan = config.scan
-    if scan == "auto":
-        rows = np.zeros(config.batch_size, np.int32)
-        scan = jax.default_backend() != "cpu" or not uses_convolution(step, mesh, state, images, labels, rows)
-    run = repeated(step, scan, config.parallel, mesh)
     weight_norm = jax.jit(optax.tree.norm)
+    if isinstance(split.images, stream.Images):
+        scan, run = False, streamed(config, step, split, mesh, int(state.step), steps, stack)
+    else:
+        images, labels = place(mesh, split)
+        scan = config.scan
+        if scan == "auto":
+            rows = np.zeros(config.batch_size, np.int32)
+            scan = jax.default_backend() != "cpu" or not uses_convolution(step, mesh, state, images, labels, rows)
+        loop = repeated(step, scan, config.parallel, mesh)
+
+        def run(state, epoch):
+            order = stream.permutation(config.seed, epoch, len(split.labels))
+            order = order[: steps * config.batch_size].reshape(steps, config.batch_size)
+            state, outputs = loop(state, images, labels, order)
+            losses, counts = jax.device_get(outputs)
+            return state, losses, jax.tree.map(lambda x: x.sum(0), counts), {}
 
     def train_epoch(state, epoch):
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(split.labels)).astype(np.int32)
-        order = order[: steps * config.batch_size].reshape(steps, config.batch_size)
-        state, outputs = run(state, images, labels, order)
-        losses, counts = jax.device_get(outputs)
+        state, losses, totals, more = run(state, epoch)
         metrics = {"train_loss": float(np.mean(losses, dtype=np.float64))}
-        metrics |= {f"train_{name}": value for name, value in numbers(config, jax.tree.map(lambda x: x.sum(0), counts)).items()}
+        metrics |= {f"train_{name}": value for name, value in numbers(config, totals).items()}
         metrics["weight_norm"] = float(weight_norm(state.params))
-        return state, metrics | {"learning_rate": float(rate(config, epoch - 1 / steps))}
+        return state, metrics | {"learning_rate": float(rate(config, epoch - 1 / steps))} | more
 
     return train_epoch, scan
+
+
+def streamed(config: Config, step: Callable, split: datasets.Split, mesh: Mesh, first: int, steps: int, stack) -> Callable:
+    """An epoch of a stream that begins at step `first`: state, losses, totals, and how long it waited for data, in seconds."""
+    mine, put = share(mesh, config.parallel, config.batch_size), functools.partial(spread, mesh, config.parallel)
+    batches = stream.Batches(*split, config.seed, config.batch_size, mine)
+    feed = stack.enter_context(contextlib.closing(stream.Feed(batches, first, config.epochs * steps, put)))
+    compiled = mapped(step, config.parallel, mesh, split=True)
+    add = jax.jit(lambda *trees: jax.tree.map(jnp.add, *trees))
+
+    def run(state, _):
+        losses, totals, waited = [], None, feed.waited
+        for _ in range(steps):
+            batch = next(feed)
+            jax.block_until_ready(losses[-2:-1])  # a step runs and one waits: more would hold batches without use
+            state, (loss, counts) = one_by_one(mesh, compiled(state, *batch))
+            losses.append(loss)
+            totals = add(totals, counts) if totals else counts
+        return state, *jax.device_get((losses, totals)), {"waited": feed.waited - waited}
+
+    return run
 
 
 def varying(x) -> tuple[str, ...]:
@@ -146,25 +183,32 @@ def numbers(config: Config, totals: Mapping) -> dict[str, float]:
 def evaluation_program(config: Config, model: Model, mesh: Mesh) -> Callable:
     """A function of (variables, split) that gives the metrics and the mean loss, by name, and the total of each metric's tally.
 
-    The batches come from the host, padded to one size, so that one compiled program serves every split.
+    The batches come from the host, padded to one size, so that one compiled program serves every split; a thread makes the next
+    one while one is computed.
     """
 
-    def count(variables, images, labels, counted):
-        device = lax.axis_index("data")
-        x, y, counted = (a.reshape(mesh.size, -1, *a.shape[1:])[device] for a in (images, labels, counted))
+    def count(variables, x, y, counted):
         outputs = model.outputs(variables, x, train=False).astype(jnp.float32)
         loss = jnp.sum(config.loss(outputs, y), where=counted)
         return lax.psum((loss, tallies(config, outputs, y, counted)), "data")
 
-    compiled = mapped(count, config.parallel, mesh, donate=False)
+    compiled = mapped(count, config.parallel, mesh, donate=False, split=True)
 
     def evaluate(variables, split):
         batch = -(-min(config.eval_batch_size, max(512, len(split.labels))) // mesh.size) * mesh.size
+        mine = share(mesh, config.parallel, batch)
+
+        def part(k):
+            rows = k * batch + mine
+            rows = rows[rows < len(split.labels)]
+            whole = [np.pad(array, [(0, len(mine) - len(rows))] + [(0, 0)] * (array.ndim - 1))
+                     for array in (np.asarray(split.images[rows]), split.labels[rows], np.ones(len(rows), bool))]
+            return spread(mesh, config.parallel, whole)
+
+        parts = stream.one_ahead(part, -(-len(split.labels) // batch))
         counts = []
-        for start in range(0, len(split.labels), batch):
-            images, labels = (array[start : start + batch] for array in split)
-            whole = [np.pad(array, [(0, batch - len(labels))] + [(0, 0)] * (array.ndim - 1))
-                     for array in (images, labels, np.ones(len(labels), bool))]
+        for whole in parts:
+            jax.block_until_ready(counts[-2:-1])
             counts.append(one_by_one(mesh, compiled(variables, *whole)))
         loss, totals = jax.tree.map(lambda *parts: sum(parts), *jax.device_get(counts))
         return numbers(config, totals) | {"loss": float(loss) / len(split.labels)}, totals
@@ -200,18 +244,22 @@ def one_by_one(mesh: Mesh, outputs):
     return jax.block_until_ready(outputs) if mesh.devices.flat[0].platform == "cpu" and mesh.size > 1 else outputs
 
 
-def mapped(function: Callable, parallel: str, mesh: Mesh, donate: bool = True, options: Mapping | None = None) -> Callable:
-    """`function` compiled for all devices, with equal arguments and results on each; the first argument is donated."""
+def mapped(function: Callable, parallel: str, mesh: Mesh, donate: bool = True, options: Mapping | None = None,
+           split: bool = False) -> Callable:
+    """`function` compiled for all devices, with equal arguments and results on each; the first argument is donated. With
+    `split` each device gets its share of all but the first argument, along their first axis, as `spread` lays them out."""
     options = pdo.compiler_options(mesh.devices.flat[0].platform) if options is None else dict(options)
     if parallel == "jit":
         same = PartitionSpec()
-        everywhere = jax.shard_map(function, mesh=mesh, in_specs=same, out_specs=same)
-        return jax.jit(everywhere, donate_argnums=0 if donate else (), compiler_options=options)
+        specs = (same, PartitionSpec("data") if split else same)
+        everywhere = jax.shard_map(lambda first, rest: function(first, *rest), mesh=mesh, in_specs=specs, out_specs=same)
+        donated = 0 if donate else ()
+        return jax.jit(lambda first, *rest: everywhere(first, rest), donate_argnums=donated, compiler_options=options)
     devices = np.arange(jax.local_device_count())  # pmap wants an argument that differs between devices
     everywhere = jax.pmap(
         lambda _, first, rest: function(first, *rest),
         axis_name="data",
-        in_axes=(0, None, None),
+        in_axes=(0, None, 0 if split else None),
         out_axes=None,
         donate_argnums=1 if donate else (),
     )
@@ -233,6 +281,24 @@ def place(mesh: Mesh, tree):
     """A copy of every array of `tree` on every device of the mesh, also where the mesh spans several processes."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(x), np.shape(x)), tree)
+
+
+def share(mesh: Mesh, parallel: str, batch: int) -> np.ndarray:
+    """The rows of a batch that the devices of this process take, in their order."""
+    if parallel == "pmap":
+        return np.arange(batch).reshape(jax.process_count(), -1)[jax.process_index()]
+    slices = NamedSharding(mesh, PartitionSpec("data")).addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[rows] for rows in slices]))
+
+
+def spread(mesh: Mesh, parallel: str, tree):
+    """Arrays of a batch, of the rows that are this process's `share`, on its devices, for what `mapped` makes with `split`."""
+    if parallel == "pmap":
+        local = Mesh(np.array(jax.local_devices()), ("data",))
+        tree = jax.tree.map(lambda x: x.reshape(local.size, -1, *x.shape[1:]), tree)
+        return jax.device_put(tree, NamedSharding(local, PartitionSpec("data")))
+    everywhere = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(everywhere, x), tree)
 
 
 # The model and its optimiser

@@ -19,10 +19,11 @@ from jax.experimental import multihost_utils
 
 from experiments import datasets
 from experiments.config import Config, closure, describe
+from experiments.datasets import stream
 from experiments.workdir import TrainError, is_number, read_json, versions
 from pdo_jax import architecture
 
-NOTED = {"config.data_dir", "config.parallel", "versions.python", "versions.orbax-checkpoint"}
+NOTED = {"config.data_dir", "config.parallel", "config.stream", "versions.python", "versions.orbax-checkpoint"}
 """What is told, but leaves a run the same: the data are compared themselves, and the ways to run an epoch agree."""
 
 
@@ -158,7 +159,8 @@ def _is_architecture(value):
 def _digest(split) -> str:
     found = hashlib.sha256(f"{split.images.shape}".encode())
     for array in split:
-        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        found.update(array.digest().encode() if isinstance(array, stream.Images) else
+                     np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return found.hexdigest()
 
 

@@ -76,8 +76,8 @@ def look(path: Path, given: config.Config | None = None, data=None) -> Seen:
         raise TrainError(f"{path} is not about classes of images; its numbers are in {path / 'result.json'}")
     logits = jax.jit(lambda x: jax.nn.softmax(run.model.outputs(run.variables, x, train=False).astype(np.float32)))
     size = min(run.config.eval_batch_size, len(labels))
-    padded = np.concatenate([images, np.zeros((-len(labels) % size, *images.shape[1:]), images.dtype)])
-    parts = [np.asarray(logits(padded[start : start + size])) for start in range(0, len(padded), size)]
+    batches = (np.asarray(images[start : start + size]) for start in range(0, len(labels), size))
+    parts = [np.asarray(logits(np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)]))) for x in batches]
     turned = measures.logits_at_angles(run.model, run.variables, images[:TURNED]) if images.ndim == 4 else None
     classes = [name.replace("$", r"\$") for name in saved.names(data.classes, parts[0][0])]  # no formulas in figures
     return Seen(path.name, result, read_history(path, run.epoch, writes=False), classes, images, labels,

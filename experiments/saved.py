@@ -66,7 +66,7 @@ def evaluate_pretrained(name: str) -> dict:
 def test_error(config: Config, model: programs.Model, variables, data: datasets.Dataset) -> dict:
     mesh = programs.all_devices()
     numbers, totals = programs.evaluation_program(config, model, mesh)(programs.place(mesh, variables), data.test)
-    images, labels = (array[:ANGLES] for array in data.test)
+    images, labels = np.asarray(data.test.images[:ANGLES]), data.test.labels[:ANGLES]
     found = {f"test_{name}": value for name, value in numbers.items()} | {"dataset": data.name, "images": len(data.test.labels)}
     if labels.ndim > 1 or "error" not in totals:
         return found
@@ -167,7 +167,7 @@ def config_of(saved: dict, workdir: Path, given: Config | None) -> Config:
             raise TrainError(f"{workdir} holds a run of another config. They differ in\n  " + "\n  ".join(grave))
         return given
     plain = {key: saved["config"][key] for key in ("dataset", "validation", "dtype", "ema", "eval_batch_size", "parallel",
-                                                       "image_size")
+                                                       "image_size", "stream")
              if key in saved["config"]}
     folder = saved["config"].get("data_dir")
     if isinstance(folder, str) and isinstance(plain.get("dataset"), str) and Path(folder, plain["dataset"]).is_dir():

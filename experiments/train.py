@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from experiments import check, datasets, figures, programs, record
 from experiments.config import Config, describe
+from experiments.datasets import stream
 from experiments.measures import equivariance_error
 from experiments.workdir import (
     Board,
@@ -57,10 +58,11 @@ def train(
     """
     began = time.perf_counter()
     workdir, writes = Path(workdir).absolute(), jax.process_index() == 0
-    with opened(workdir, writes):
+    with opened(workdir, writes), contextlib.ExitStack() as stack:
         own = data is not None or callable(config.dataset)
         data = check.data(data or load_data(config))
-        model = programs.make_model(config, *config.moments(data.train.images))
+        values = stream.sample(data.train.images)
+        model = programs.make_model(config, *config.moments(values))
         known = record.of(config, data, source)
         record.agree(known)
         forced = record.resume(workdir, known, force)
@@ -69,18 +71,20 @@ def train(
         shape, sizes = data.train.images.shape[1:], {name: len(getattr(data, name).labels) for name in datasets.SPLITS}
         mesh = programs.all_devices()
         check.run(config, model, data, mesh)
+        done = max(saved_epochs(workdir), default=0)
+        if not done:
+            stream.verify(data, jax.process_index(), jax.process_count())
         if writes:
-            values = data.train.images
             inputs = {"shape": shape, "mean": model.mean.tolist(), "deviation": model.deviation.tolist(),
                       "range": [float(values.min()), float(values.max())], "own": own, "classes": data.classes}
             with writing(workdir / "config.json", workdir):
                 write_json(workdir / "config.json", {"record": known, "input": inputs, "forced": forced, "source": source})
 
+        del values
         state = programs.place(mesh, programs.initial_state(config, model, shape))
-        train_epoch, scan = programs.epoch_program(config, model, data.train, mesh, state)
-        evaluate = programs.evaluation_program(config, model, mesh)
-        done = max(saved_epochs(workdir), default=0)
         state = restore(workdir, done, state) if done else state
+        train_epoch, scan = programs.epoch_program(config, model, data.train, mesh, state, stack)
+        evaluate = programs.evaluation_program(config, model, mesh)
         state, history = run_epochs(config, workdir, state, done, mesh, train_epoch, evaluate, data, began, minutes)
         if len(history) < config.epochs or not time_for_more(began, minutes, history, compiles=True):
             return None
@@ -154,7 +158,8 @@ def time_for_more(began: float, minutes: float, history: Sequence[Mapping], comp
 def load_data(config: Config) -> datasets.Dataset:
     try:
         if not callable(config.dataset):
-            options = dict(validation=config.validation, data_dir=config.data_dir, image_size=config.image_size)
+            options = dict(validation=config.validation, data_dir=config.data_dir, image_size=config.image_size,
+                           streamed=config.stream)
             return datasets.load(config.dataset, **options)
         if isinstance(given := config.dataset(), datasets.Dataset):
             return datasets.hold_out(given, config.validation)

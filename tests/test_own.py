@@ -11,7 +11,7 @@ from PIL import Image
 from small_runs import Net, make_config, make_data
 
 from experiments import config, saved, train
-from experiments.datasets import DataError, load
+from experiments.datasets import DataError, load, pictures
 from experiments.workdir import TrainError
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -76,7 +76,7 @@ def test_all_bad_files_are_named(tmp_path):
         load(f"folder:{tmp_path}")
 
 
-def test_what_is_wrong_with_a_folder(tmp_path):
+def test_what_is_wrong_with_a_folder(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="there is no folder"):
         load(f"folder:{tmp_path}/none")
     with pytest.raises(DataError, match="holds no folders"):
@@ -89,8 +89,11 @@ def test_what_is_wrong_with_a_folder(tmp_path):
         load(f"folder:{tmp_path}")
     with pytest.raises(DataError, match="1 of the 4 classes .* fewer than 2 training images: 'a'"):
         load(f"folder:{tmp_path}", image_size=8)
-    with pytest.raises(DataError, match="GiB of memory; give a smaller image_size"):
+    with pytest.raises(DataError, match="image_size is 1000000, which makes pictures of more than 50,000,000 pixels"):
         load(f"folder:{tmp_path}", image_size=1_000_000)
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="0.0 GiB of memory; give stream=True, a smaller im"):
+        patched.setattr(pictures, "memory", lambda: 1000)
+        load(f"folder:{tmp_path}", image_size=8)
     (tmp_path / "train").mkdir()
     (tmp_path / "val").mkdir()
     with pytest.raises(DataError, match="but no test"):

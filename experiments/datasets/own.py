@@ -1,5 +1,7 @@
 """Data sets of your own: a folder of pictures, an npz file, or what tensorflow-datasets has, without TensorFlow.
 
+Pictures of a folder and of tensorflow-datasets may be streamed instead of held in memory, see `stream`.
+
 "folder:PATH"   a folder of pictures for each class, in PATH or in PATH/train, PATH/test and perhaps PATH/validation. Of any
                 size, which `image_size` brings to one; grey if all of them are, else in colour.
 "npz:PATH"      arrays train_images, train_labels, test_images, test_labels, perhaps validation_images and validation_labels; or
@@ -16,21 +18,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from . import pictures
+from . import pictures, stream
 from .sources import DataError
 
 FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
-Splits = dict[str, tuple[np.ndarray, np.ndarray]]
+Splits = dict[str, tuple[np.ndarray | stream.Images, np.ndarray]]
 
 
-def load(name: str, image_size: int | None, data_dir: str | None) -> tuple[Splits, tuple[str, ...], str]:
+def load(name: str, image_size: int | None, data_dir: str | None, streamed: bool | str) -> tuple[Splits, tuple[str, ...], str]:
     """The splits, images and labels each, the names of the classes, and a note on where they come from.
+
+    `streamed`: True, False or "auto", which streams what would take more than a quarter of the memory.
 
     Raises:
       DataError: what cannot be read, all bad files by name; labels that are none, classes without an image.
     """
     kind, _, place = name.partition(":")
-    splits, classes, note = KINDS[kind](place, image_size, data_dir)
+    splits, classes, note = KINDS[kind](place, image_size, data_dir, streamed)
     for split, (images, labels) in splits.items():
         if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1] or labels.size and labels.min() < 0:
             raise DataError(f"the {split} labels of {name} are {labels.dtype}{list(labels.shape)} for images "
@@ -56,7 +60,7 @@ def load(name: str, image_size: int | None, data_dir: str | None) -> tuple[Split
     return splits, classes, note
 
 
-def _folder(place, size, _):
+def _folder(place, size, _, streamed):
     root = Path(place).expanduser()
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; give one that holds a folder of pictures for each class")
@@ -77,7 +81,11 @@ def _folder(place, size, _):
     paths = [path for found in files.values() for path, _ in found]
     if not paths:
         raise DataError(f"the folders in {parts['train']} hold no pictures")
-    images, start, splits = pictures.read_all(paths, size, str(root)), 0, {}
+    shape, start, splits = pictures.shape_of_all(paths, size, str(root)), 0, {}
+    if stream.wanted(streamed, len(paths), shape):
+        images = stream.Images(stream.Files(root, paths, shape), np.arange(len(paths)))
+    else:
+        images = pictures.read_all(paths, shape, str(root))
     for split, found in files.items():
         splits[split] = images[start : start + len(found)], np.array([label for _, label in found], np.int32)
         start += len(found)
@@ -88,7 +96,7 @@ def _inside(folder):
     return [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
 
 
-def _npz(place, size, _):
+def _npz(place, size, *_):
     path = Path(place).expanduser()
     if size:
         raise DataError("image_size is for folder: and tfds:; bring the arrays of an npz file to their size yourself")
@@ -109,7 +117,7 @@ def _npz(place, size, _):
     return splits, (), f"arrays from {path}"
 
 
-def _tfds(place, size, data_dir):
+def _tfds(place, size, data_dir, streamed):
     name, _, split = place.partition(":")
     if not re.fullmatch(r"[a-z]\w*(/[\w.+-]+)?", name):
         raise DataError(f"{place!r} names no set of tensorflow-datasets; expected NAME, NAME/config or NAME/config:split")
@@ -128,26 +136,49 @@ def _tfds(place, size, data_dir):
     wanted = {"train": split} if split else {key: key for key in ("train", "validation", "test") if key in sources}
     if "train" not in wanted:
         raise DataError(f"{name} has no split train, but {', '.join(sources)}; name one of them, tfds:{name}:SPLIT")
-    splits = {key: _examples(sources[found], size, f"{name}:{found}") for key, found in wanted.items()}
+    *space, channels = features["image"].shape
+    shape = (size, size, channels) if size else (*space, channels)
+    streams = None not in shape and stream.wanted(streamed, sum(len(sources[found]) for found in wanted.values()), shape)
+    if streamed is True and not streams:
+        raise DataError(f"the images of {name} have no one shape, {shape}, so they cannot be streamed; say with image_size "
+                        "what they shall be brought to")
+    if streams:
+        bare = tfds.data_source(name, data_dir=data_dir, decoders={"image": tfds.decode.SkipDecoding()})
+        splits = {}
+        for key, found in wanted.items():
+            records = stream.Records(sources[found], f"{name}:{found}", size, shape)
+            splits[key] = stream.Images(records, np.arange(len(bare[found]))), _labels(bare[found], records.what)
+    else:
+        splits = {key: _examples(sources[found], size, f"{name}:{found}") for key, found in wanted.items()}
     classes = tuple(getattr(features["label"], "names", None) or ())
     return splits, classes, f"{place} of tensorflow-datasets"
 
 
 def _examples(source, size, what):
-    images, labels = [], []
-    try:
-        for k in tqdm(range(len(source)), f"reading {what}", unit="image", leave=False):
-            example = source[k]
-            image = np.asarray(example["image"])
-            images.append(pictures.resized(image, size) if size else image)
-            labels.append(int(example["label"]))
-    except Exception as error:  # of many kinds
-        words = " ".join(str(error).split())[:300]
-        raise DataError(f"{what} cannot be read at image {len(images)}: {type(error).__name__}: {words}") from error
+    images = []
+
+    def label(example):
+        image = np.asarray(example["image"])
+        images.append(pictures.brought_to(image, size) if size else image)
+        return example["label"]
+
+    labels = _labels(source, what, label)
     if len(shapes := {image.shape for image in images}) > 1:
         raise DataError(f"the images of {what} have {len(shapes)} shapes, from {min(shapes)} to {max(shapes)}; say with "
                         "image_size what they shall be brought to")
-    return np.stack(images), np.array(labels, np.int32)
+    return np.stack(images), labels
+
+
+def _labels(source, what, label=lambda example: example["label"]):
+    """int32, of all examples one after another."""
+    labels = []
+    try:
+        for k in tqdm(range(len(source)), f"reading {what}", unit="image", leave=False):
+            labels.append(int(label(source[k])))
+    except Exception as error:  # of many kinds
+        words = " ".join(str(error).split())[:300]
+        raise DataError(f"{what} cannot be read at image {len(labels)}: {type(error).__name__}: {words}") from error
+    return np.array(labels, np.int32)
 
 
 KINDS = {"folder": _folder, "npz": _npz, "tfds": _tfds}

@@ -27,40 +27,55 @@ def read(path: Path, shape: Sequence[int]) -> np.ndarray:
     """
     height, width, channels = shape
     with _opened(path) as picture:
-        planes = _planes(ImageOps.exif_transpose(picture), channels, path)
-    return _stack(planes, height, width)
+        bands = _bands(ImageOps.exif_transpose(picture), channels, path)
+    return _stack(bands, height, width)
 
 
-def read_all(paths: Sequence[Path], size: int | None, what: str) -> np.ndarray:
-    """[n, height, width, channels] of image files, brought to size × size; grey if all of them are.
+def shape_of_all(paths: Sequence[Path], size: int | None, what: str) -> tuple[int, int, int]:
+    """(height, width, channels) of image files that are brought to size × size, from their heads; grey if all of them are.
 
     Raises:
-      DataError: files that cannot be read, all of them by name; several sizes, and no `size`; more than the memory holds.
+      DataError: files that cannot be read, all of them by name; several sizes, and no `size`.
     """
     heads = try_each(paths, _head, f"looking at {what}")
     if wrong := _wrong(heads):  # what is cut short may have a whole head
         rest = [path for path, head in zip(paths, heads, strict=True) if not isinstance(head, DataError)]
-        _refuse(wrong + _wrong(try_each(rest, lambda path: read(path, (1, 1, 1)), f"reading {what}")), len(paths))
+        refuse(wrong + _wrong(try_each(rest, lambda path: read(path, (1, 1, 1)), f"reading {what}")), len(paths))
     sizes = sorted({head[0] for head in heads})
     if size is None and len(sizes) > 1:
         raise DataError(f"the pictures of {what} have {len(sizes)} sizes, from {sizes[0]} to {sizes[-1]} (height, width); say "
                         "with image_size what they shall be brought to")
+    if size and size**2 > LARGEST:
+        raise DataError(f"image_size is {size}, which makes pictures of more than {LARGEST:,} pixels; give a smaller one")
     height, width = (size, size) if size else sizes[0]
-    shape = (height, width, 1 if all(grey for _, grey in heads) else 3)
-    total, memory = 4 * len(paths) * int(np.prod(shape)), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if total > memory / 2:
-        raise DataError(f"{what} would take {total / 2**30:.1f} GiB as {len(paths)} arrays {shape}, and there are "
-                        f"{memory / 2**30:.1f} GiB of memory; give a smaller image_size, or fewer pictures")
+    return height, width, 1 if all(grey for _, grey in heads) else 3
+
+
+def read_all(paths: Sequence[Path], shape: Sequence[int], what: str) -> np.ndarray:
+    """[n, height, width, channels] of image files.
+
+    Raises:
+      DataError: files that cannot be read, all of them by name; more than the memory holds.
+    """
+    total = 4 * len(paths) * int(np.prod(shape))
+    if total > memory() / 2:
+        raise DataError(f"{what} would take {total / 2**30:.1f} GiB as {len(paths)} arrays {tuple(shape)}, and there are "
+                        f"{memory() / 2**30:.1f} GiB of memory; give stream=True, a smaller image_size, or fewer pictures")
     images = np.empty((len(paths), *shape), np.float32)
     done = try_each(range(len(paths)), lambda k: np.copyto(images[k], read(paths[k], shape)), f"reading {what}")
-    _refuse(_wrong(done), len(paths))
+    refuse(_wrong(done), len(paths))
     return images
 
 
-def resized(image: np.ndarray, size: int) -> np.ndarray:
-    """[size, size, channels] of bytes or floats [height, width, channels], as `read` brings pictures to a size."""
+def memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def brought_to(image: np.ndarray, size: int | None) -> np.ndarray:
+    """float32 of bytes or floats [height, width, channels], brought to size × size as `read` does."""
     values = image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)
-    return _stack([Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(values, -1, 0)], size, size)
+    return _stack(np.moveaxis(values, -1, 0), size, size) if size else values
 
 
 def files(path: Path) -> list[Path]:
@@ -79,15 +94,22 @@ def try_each(items: Sequence, function: Callable, words: str | None = None) -> l
         except DataError as error:
             return error
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(tqdm(pool.map(tried, items), words, len(items), unit="picture", leave=False, disable=not words))
+    results = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(
+            desc=words, total=len(items), unit="picture", leave=False, disable=not words) as bar:
+        for start in range(0, len(items), 1024):  # so that a million waiting calls take no memory
+            for result in pool.map(tried, items[start : start + 1024]):
+                results.append(result)
+                bar.update()
+    return results
 
 
 def _wrong(results):
     return [str(result) for result in results if isinstance(result, DataError)]
 
 
-def _refuse(wrong, count):
+def refuse(wrong: Sequence[str], count: int):
+    """An error that names the files of which something is wrong, if there are any."""
     if wrong:
         more = f"\n  and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise DataError(f"{len(wrong)} of {count} files cannot be used; mend or remove them:\n  "
@@ -124,13 +146,16 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise DataError(f"cannot read the image {path}: {type(error).__name__}: {str(error)[:200]}") from error
 
 
-def _stack(planes, height, width):
-    planes = [plane.resize((width, height), Image.Resampling.BOX) for plane in planes]  # the mean of pixels that fall together
-    return np.stack([np.asarray(plane, np.float32) for plane in planes], -1)
+def _stack(bands, height, width):
+    """Bands [height, width] as an image of this size: the mean of the pixels that fall together."""
+    if bands[0].shape != (height, width):
+        pictures = (Image.fromarray(np.ascontiguousarray(band)) for band in bands)
+        bands = [np.asarray(picture.resize((width, height), Image.Resampling.BOX)) for picture in pictures]
+    return np.stack(bands, -1)
 
 
-def _planes(picture, channels, path):
-    """A picture of mode F with values in [0, 1] for each channel."""
+def _bands(picture, channels, path):
+    """For each channel an array [height, width], float32 in [0, 1]."""
     if "A" in picture.getbands() or "transparency" in picture.info:
         if picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
             raise DataError(f"{path} is transparent in parts, and what lies behind them is not known; save it without alpha")
@@ -138,12 +163,10 @@ def _planes(picture, channels, path):
         values = np.asarray(picture, np.float32) / (1 if picture.mode == "F" else 65535)
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise DataError(f"{path} has numbers outside 0 … {1 if picture.mode == 'F' else 65535}; bring them into it")
-        bands = [values] * channels
-    elif picture.mode in ("CMYK", "LAB", "HSV", "YCbCr"):
+        return [values] * channels
+    if picture.mode in ("CMYK", "LAB", "HSV", "YCbCr"):
         raise DataError(f"{path} is a picture in {picture.mode}; save it in RGB or grey")
-    else:
-        if "A" in picture.getbands() or picture.mode == "P":
-            picture = picture.convert("RGB")
-        bytes_ = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.float32) / 255
-        bands = np.moveaxis(bytes_.reshape(*bytes_.shape[:2], channels), -1, 0)
-    return [Image.fromarray(np.ascontiguousarray(band)) for band in bands]
+    if "A" in picture.getbands() or picture.mode == "P":
+        picture = picture.convert("RGB")
+    bytes_ = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.float32) / 255
+    return np.moveaxis(bytes_.reshape(*bytes_.shape[:2], channels), -1, 0)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import own, shapes3d
+from . import own, shapes3d, stream
 from .sources import DataError
 
 SUBSET = Path(__file__).with_name("mnist_rot_subset.npz")
@@ -37,7 +37,7 @@ CLASSES = {
 
 
 class Split(NamedTuple):
-    images: np.ndarray  # float32 in [0, 1], [n, H, W, C]; or other fields [n, *space, …]
+    images: np.ndarray | stream.Images  # float32 in [0, 1], [n, H, W, C]; or other fields [n, *space, …]
     labels: np.ndarray  # int32, [n], or [n, *space] of every pixel; or float32, [n, …]
 
 
@@ -55,8 +55,8 @@ class Dataset(NamedTuple):
 
 
 def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None = None,
-         image_size: int | None = None) -> Dataset:
-    """Reads a data set into memory; the first time it is fetched and prepared, with progress bars.
+         image_size: int | None = None, streamed: bool | str = False) -> Dataset:
+    """Reads a data set into memory, or what streams it; the first time it is fetched and prepared, with progress bars.
 
     Args:
       name: "mnist_rot/subset" (embedded, needs no network), "mnist_rot/official", "mnist_rot/regenerated", "cifar10",
@@ -67,6 +67,8 @@ def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None =
       data_dir: where prepared sets lie, and in its folder `manual` the archives put there by hand. Default: the
         environment variable PDO_DATA_DIR, or ~/.cache/pdo_jax; for tfds: that of tensorflow-datasets.
       image_size: height and width that pictures of your own are brought to.
+      streamed: whether pictures of your own stay where they are until they are asked for; "auto": if they would take more
+        than a quarter of the memory.
 
     Raises:
       ValueError: an unknown name, or a bad count of validation examples.
@@ -74,7 +76,7 @@ def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None =
     """
     kind, colon, _ = str(name).partition(":")
     if colon and kind in own.KINDS:
-        splits, classes, note = own.load(name, image_size, data_dir)
+        splits, classes, note = own.load(name, image_size, data_dir, streamed)
         splits = {split: _split(*splits[split]) if split in splits else None for split in SPLITS}
         train = splits["train"]
         empty = Split(train.images[:0], train.labels[:0])
@@ -199,7 +201,9 @@ def _classes(features):
             yield from _classes(value)
 
 
-def _split(images: np.ndarray, labels: np.ndarray) -> Split:
+def _split(images: np.ndarray | stream.Images, labels: np.ndarray) -> Split:
+    if isinstance(images, stream.Images):
+        return Split(images, labels)
     floats = images.astype(np.float32)
     if images.dtype == np.uint8:
         floats /= 255
