@@ -34,6 +34,7 @@ ENDS = 4096  # bytes at both ends of a file that tell it from others, with its s
 SHARED = "/dev/shm"  # where worker processes put their batches
 WORKERS = 8  # at most, in a process
 SILENCE = 300.0  # seconds without a batch
+PATIENCE = 10.0  # seconds that workers are given to end
 AGAIN = "the same command goes on from the last checkpoint"
 
 
@@ -229,10 +230,11 @@ class Feed:
 
     def close(self):
         self._stop.set()
-        self._thread.join(10)
+        self._thread.join(PATIENCE)
         for process in multiprocessing.active_children() if self._thread.is_alive() else ():
             if process.name.startswith("grain"):
                 process.kill()
+                process.join(PATIENCE)
 
     def _pump(self, steps, put):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for the workers, which would each tell of a Ctrl-C
