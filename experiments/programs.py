@@ -138,7 +138,7 @@ def epoch_program(config: Config, model: Model, split: datasets.Split, mesh: Mes
 
 def streamed(config: Config, step: Callable, split: datasets.Split, mesh: Mesh, first: int, steps: int, stack) -> Callable:
     """An epoch of a stream that begins at step `first`: state, losses, totals, and how long it waited for data, in seconds."""
-    mine, put = share(mesh, config.parallel, config.batch_size), functools.partial(spread, mesh, config.parallel)
+    mine, put = share(mesh, config.batch_size), functools.partial(spread, mesh, config.parallel)
     batches = stream.Batches(*split, config.seed, config.batch_size, mine)
     feed = stack.enter_context(contextlib.closing(stream.Feed(batches, first, config.epochs * steps, put)))
     compiled = mapped(step, config.parallel, mesh, split=True)
@@ -196,7 +196,7 @@ def evaluation_program(config: Config, model: Model, mesh: Mesh) -> Callable:
 
     def evaluate(variables, split):
         batch = -(-min(config.eval_batch_size, max(512, len(split.labels))) // mesh.size) * mesh.size
-        mine = share(mesh, config.parallel, batch)
+        mine = share(mesh, batch)
 
         def part(k):
             rows = k * batch + mine
@@ -255,7 +255,7 @@ def mapped(function: Callable, parallel: str, mesh: Mesh, donate: bool = True, o
         everywhere = jax.shard_map(lambda first, rest: function(first, *rest), mesh=mesh, in_specs=specs, out_specs=same)
         donated = 0 if donate else ()
         return jax.jit(lambda first, *rest: everywhere(first, rest), donate_argnums=donated, compiler_options=options)
-    devices = np.arange(jax.local_device_count())  # pmap wants an argument that differs between devices
+    devices = spread(mesh, "jit", np.arange(jax.local_device_count()))  # pmap wants an argument that differs between them
     everywhere = jax.pmap(
         lambda _, first, rest: function(first, *rest),
         axis_name="data",
@@ -283,10 +283,8 @@ def place(mesh: Mesh, tree):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(x), np.shape(x)), tree)
 
 
-def share(mesh: Mesh, parallel: str, batch: int) -> np.ndarray:
+def share(mesh: Mesh, batch: int) -> np.ndarray:
     """The rows of a batch that the devices of this process take, in their order."""
-    if parallel == "pmap":
-        return np.arange(batch).reshape(jax.process_count(), -1)[jax.process_index()]
     slices = NamedSharding(mesh, PartitionSpec("data")).addressable_devices_indices_map((batch,)).values()
     return np.unique(np.concatenate([np.arange(batch)[rows] for rows in slices]))
 
@@ -294,11 +292,9 @@ def share(mesh: Mesh, parallel: str, batch: int) -> np.ndarray:
 def spread(mesh: Mesh, parallel: str, tree):
     """Arrays of a batch, of the rows that are this process's `share`, on its devices, for what `mapped` makes with `split`."""
     if parallel == "pmap":
-        local = Mesh(np.array(jax.local_devices()), ("data",))
-        tree = jax.tree.map(lambda x: x.reshape(local.size, -1, *x.shape[1:]), tree)
-        return jax.device_put(tree, NamedSharding(local, PartitionSpec("data")))
-    everywhere = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(everywhere, x), tree)
+        tree = jax.tree.map(lambda x: x.reshape(jax.local_device_count(), -1, *x.shape[1:]), tree)
+    shares = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(shares, x), tree)
 
 
 # The model and its optimiser
