@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_runs import Net, finish, flat, kill, make_config, make_data, shift, start, wait_for
 from test_own import Flags, paint
-from test_train import Net, finish, flat, kill, make_config, make_data, shift, start, wait_for
 
 from experiments import check, saved, train
 from experiments.config import Config
@@ -28,10 +28,11 @@ def noise(folder, count=20):
     return folder
 
 
+OPTIONS = "network=Net(dropout=0.3), augment=shift, dataset='folder:{}', image_size=4, validation=6, batch_size=2"
+
+
 def from_folder(folder, **changes) -> Config:
-    options = dict(network=Net(dropout=0.3), augment=shift, dataset=f"folder:{folder}", image_size=4, validation=6,
-                   batch_size=2, epochs=3)
-    return make_config(**options | changes)
+    return make_config(**eval(f"dict({OPTIONS.format(folder)})") | changes)
 
 
 def workers() -> list:
@@ -122,7 +123,8 @@ def test_the_same_bits_as_from_memory(memory, tmp_path):
 def test_a_killed_run_leaves_no_worker_and_goes_on_to_the_same_bits(memory, tmp_path):
     data, there = memory
     file, run = tmp_path / "config.py", tmp_path / "run"
-    file.write_text(f"from test_stream import from_folder\nconfig = vars(from_folder({str(data)!r}, stream=True))\n")
+    file.write_text("from small_runs import Net, make_config, shift\n"
+                    f"config = vars(make_config({OPTIONS.format(data)}, stream=True))\n")
     killed = start(file, run)
     wait_for(lambda: saved_epochs(run) == [1], killed)
     started = started_by(killed)
