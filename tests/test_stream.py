@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_runs import Net, finish, flat, kill, make_config, make_data, shift, start, wait_for
+from small_runs import finish, flat, from_folder, kill, make_config, make_data, start, wait_for
 from test_own import Flags, paint
 
 from experiments import check, saved, train
-from experiments.config import Config
 from experiments.datasets import DataError, load, pictures, stream
 from experiments.workdir import TrainError, saved_epochs
 
@@ -26,13 +25,6 @@ def noise(folder, count=20):
     for k, path in enumerate(sorted(folder.rglob("*.png"))):
         Image.fromarray(random.integers(0, 256, (6 + k % 3, 7, 3), np.uint8)).save(path)
     return folder
-
-
-OPTIONS = "network=Net(dropout=0.3), augment=shift, dataset='folder:{}', image_size=4, validation=6, batch_size=2"
-
-
-def from_folder(folder, **changes) -> Config:
-    return make_config(**eval(f"dict({OPTIONS.format(folder)})") | changes)
 
 
 def workers() -> list:
@@ -123,8 +115,7 @@ def test_the_same_bits_as_from_memory(memory, tmp_path):
 def test_a_killed_run_leaves_no_worker_and_goes_on_to_the_same_bits(memory, tmp_path):
     data, there = memory
     file, run = tmp_path / "config.py", tmp_path / "run"
-    file.write_text("from small_runs import Net, make_config, shift\n"
-                    f"config = vars(make_config({OPTIONS.format(data)}, stream=True))\n")
+    file.write_text(f"from small_runs import from_folder\nconfig = vars(from_folder({str(data)!r}, stream=True))\n")
     killed = start(file, run)
     wait_for(lambda: saved_epochs(run) == [1], killed)
     started = started_by(killed)
