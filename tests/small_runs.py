@@ -63,7 +63,8 @@ def make_config(**changes) -> Config:
 
 def from_folder(folder: Path | str, **changes) -> Config:
     """A config on a folder of pictures for each of three classes, with all that is random."""
-    options = dict(network=Net(dropout=0.3), augment=shift, dataset=f"folder:{folder}", image_size=4, validation=6, batch_size=2)
+    options = dict(network=Net(dropout=0.3), augment=shift, dataset=f"folder:{folder}", image_size=4, validation=6,
+                   batch_size=2)
     return make_config(**options | changes)
 
 
