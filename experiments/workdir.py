@@ -283,16 +283,24 @@ def write_text(path: Path, text: str):
 
 
 def surroundings() -> dict:
-    """What the numbers of a run depend on besides its config, for the ledger."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """What the numbers of a run depend on besides its config, for the ledger.
+
+    The commit is followed by "-dirty" where the code is not as it says; what a run writes itself into the ledger is no code.
+    """
+    code = ["pdo_jax", "experiments", ":!experiments/results", ":!experiments/README.md"]
+
+    def git(*command):
+        command = ["git", "-C", str(Path(__file__).parents[1]), *command]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        commit, dirty = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", *code)
     except (OSError, subprocess.TimeoutExpired):
-        commit = None
+        commit, dirty = "", ""
     return {
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)",
         "host": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "commit": commit,
+        "commit": commit + "-dirty" * bool(dirty) or None,
         "versions": versions(),
         "environment": {name: value for name, value in sorted(os.environ.items())
                         if name in ("XLA_FLAGS", "GLIBC_TUNABLES") or name.startswith("MALLOC_")},
