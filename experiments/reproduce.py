@@ -43,7 +43,7 @@ ROWS = {
     "mnist_rot_large": Row("mnist_rot_large", (), 3, "the same with 20 channels"),
     "mnist_rot_augmented": Row("mnist_rot_augmented", (), 3, "20 channels, rotations in training, 60 epochs"),
     "mnist_rot_augmented_small": Row("mnist_rot_augmented_small", (), 3, "the same with 12 channels"),
-    "mnist_rot_best_p16": Row("mnist_rot_best_p16", (), 3, "p16 in the recipe of `mnist_rot_best`"),
+    "mnist_rot_best_p16": Row("mnist_rot_best_p16", (), 5, "the same with p16 and hard SiLU"),
     "mnist_rot_best_p4": Row("mnist_rot_best_p4", (), 3, "p4 in the recipe of `mnist_rot_best`"),
     "mnist_rot_best_cnn": Row("mnist_rot_best_cnn", (), 3, "plain CNN in the recipe of `mnist_rot_best`"),
     "cifar10_p6_60": Row("cifar10_p6_60", (), 1, "p6 ResNet-26, 60 epochs, bfloat16"),

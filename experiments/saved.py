@@ -58,7 +58,7 @@ def evaluate(path: str | Path, config: Config | None = None, data: datasets.Data
 def evaluate_pretrained(name: str) -> dict:
     """The test error of a network of `pdo_jax.networks.PRETRAINED`."""
     network, variables = networks.load_pretrained(name)
-    config = Config(network, dataset=networks.PRETRAINED[name].data, eval_batch_size=64)  # small ones stay near to a CPU's cores
+    config = Config(network, dataset=networks.PRETRAINED[name].data, eval_batch_size=64)  # near to a CPU's cores
     model = programs.Model(network, np.float32(0), np.float32(1))  # it normalises its images itself
     return {"epoch": None, **test_error(config, model, variables, check.data(train.load_data(config)))}
 
