@@ -56,9 +56,10 @@ def network(module: nn.Module):
 
 
 def data_of(data: datasets.Dataset) -> dict:
-    """A hash of each split, and what they are."""
+    """A hash of each split, and what they are. A stream is known by its files, so it is told from the same images in memory."""
+    streamed = {"streamed": True} if isinstance(data.train.images, stream.Images) else {}
     splits = {split: _digest(getattr(data, split)) for split in ("train", "validation", "test")}
-    return {"name": data.name, "classes": data.num_classes} | splits
+    return {"name": data.name, "classes": data.num_classes} | streamed | splits
 
 
 def differences(there: Mapping, here: Mapping) -> tuple[list[str], list[str]]:

@@ -4,6 +4,7 @@ A run is data: its network is built from names of this library and of packages t
 names is executed. Only a config file that the caller names is.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
@@ -160,15 +161,17 @@ def load(path: str | Path, config: Config | None = None) -> Run:
 
 def config_of(saved: dict, workdir: Path, given: Config | None) -> Config:
     """What a record says of evaluation, the network and plain values; or the config that is given, if it is the same."""
+    streamed = bool(saved["data"].get("streamed"))  # as it was, whatever "auto" would do here
     if given:
         parts = {key: saved[key] for key in ("config", "network")}
         grave, _ = record.differences(parts, record.config_of(given))
         if grave:
             raise TrainError(f"{workdir} holds a run of another config. They differ in\n  " + "\n  ".join(grave))
-        return given
+        return dataclasses.replace(given, stream=streamed)
     plain = {key: saved["config"][key] for key in ("dataset", "validation", "dtype", "ema", "eval_batch_size", "parallel",
-                                                       "image_size", "stream")
+                                                       "image_size")
              if key in saved["config"]}
+    plain["stream"] = streamed
     folder = saved["config"].get("data_dir")
     if isinstance(folder, str) and isinstance(plain.get("dataset"), str) and Path(folder, plain["dataset"]).is_dir():
         plain["data_dir"] = folder  # read there, but never prepared where a file from someone else says so

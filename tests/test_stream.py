@@ -1,5 +1,6 @@
 """Streamed data sets: the numbers of those in memory, also after a kill and in shards; workers end; mistakes are one line."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -109,7 +110,9 @@ def test_the_same_bits_as_from_memory(memory, tmp_path):
     result = train.train(config, tmp_path)
     assert_the_same(there, tmp_path)
     assert not workers() and all(0 <= line["waited"] <= line["seconds"] for line in lines(tmp_path))
-    assert saved.evaluate(tmp_path, config)["test_error"] == result["test_error"]
+    assert saved.evaluate(tmp_path)["test_error"] == result["test_error"]
+    assert saved.load(tmp_path, dataclasses.replace(config, stream="auto")).config.stream is True
+    assert saved.load(there).config.stream is False
 
 
 def test_a_killed_run_leaves_no_worker_and_goes_on_to_the_same_bits(memory, tmp_path):

@@ -90,7 +90,7 @@ class Records:
         return found.hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Images:
     """Images [n, height, width, channels], read when asked for: slices and arrays of numbers give others of this kind,
     `np.asarray` reads them, and `images[k]` reads one."""
@@ -177,7 +177,7 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 _last_permutation = functools.lru_cache(1)(permutation)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Batches:
     """The images and labels of a step, counted from 0 over all epochs: those of its rows that are `mine` in every batch."""
 
