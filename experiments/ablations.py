@@ -1,4 +1,4 @@
-"""What each choice of mnist_rot_best.py is worth, and how many digits it takes: two tables and two figures.
+"""What each choice of mnist_rot_best_p16.py is worth, and how many digits it takes: two tables and two figures.
 
     python -m experiments.ablations [choices] [digits] [--minutes M]
 
@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 import pdo_jax as pdo
 from experiments import baselines, boundary, config, programs, reproduce, train, workdir
 from experiments.config import Config
-from experiments.configs import mnist_rot_best
+from experiments.configs import mnist_rot_best_p16
 from experiments.datasets import augment
 from experiments.main import program, spare
 
@@ -33,7 +33,7 @@ RESULTS = reproduce.RESULTS / "ablations.json"
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 MARK = "<!-- from results/ablations.json, by python -m experiments.ablations {} -->\n"
 ALL = 12_000  # digits of the train set
-BEST = mnist_rot_best.config
+BEST = mnist_rot_best_p16.config
 EPOCHS = 24
 
 
@@ -46,13 +46,13 @@ def gaussian(sigma):
 
 
 def nine(scheme):
-    return network(basis="paper", features=5, head_features=80, scheme=scheme)
+    return network(basis="paper", features=5, scheme=scheme)
 
 
 CHOICES: Mapping[str, Mapping[str, Mapping]] = {
     "as it is": {"": {}},
     "group": {f"p{n}": network(group=pdo.groups.cyclic(n), features=features, head_features=head)
-              for n, features, head in ((4, 12, 72), (8, 8, 84), (16, 5, 96))},
+              for n, features, head in ((4, 13, 80), (8, 9, 72), (12, 7, 72), (24, 5, 64))},
     "stencils, operators": {
         "Gaussian 1.3, order 2": network(scheme=gaussian(1.3)),
         "central, order 2": network(scheme=pdo.stencils.central_difference),
@@ -60,14 +60,15 @@ CHOICES: Mapping[str, Mapping[str, Mapping]] = {
         "Gaussian 1.3, the paper's nine": nine(gaussian(1.3)),
         "central, the paper's nine": nine(pdo.stencils.central_difference),
     },
-    "frame": {"15°": network(frame=math.pi / 12)},
-    "head": {"the paper's, not invariant": network(head="paper")},
+    "frame": {"11.25°": network(frame=math.pi / 16)},
+    "head": {"the paper's, not invariant": network(head="paper", features=5)},
     "down-sampling": {"mean": network(pool=pdo.mean_pool), "blur": network(pool=pdo.blur_pool)},
     "recipe": {
         "no label smoothing": {"label_smoothing": 0.0},
         "no average of weights": {"ema": 0.0},
         "dropout 0.1": network(dropout=0.1),
         "dropout 0.3": network(dropout=0.3),
+        "SiLU": network(activation=nn.silu),
         "ReLU": network(activation=nn.relu),
         "L2 1e-4": {"l2": 1e-4},
         "rate 3e-3": {"learning_rate": functools.partial(config.warmup_cosine, 3e-3, 2, EPOCHS)},
@@ -76,8 +77,8 @@ CHOICES: Mapping[str, Mapping[str, Mapping]] = {
 """A choice, and what is taken instead: of as many parameters where the number of channels would change it."""
 
 ROTATED = {"augment": functools.partial(augment.rotate, finer=3)}
-CNN = {"network": baselines.MnistRotCNN(), "l2": 1e-4, "label_smoothing": 0.0}
-NETWORKS = {"PDO-eConv, p12": {}, "plain CNN": CNN, "plain CNN, rotations in training": CNN | ROTATED}
+CNN = {"network": baselines.MnistRotCNN(features=22), "l2": 1e-4, "label_smoothing": 0.0}
+NETWORKS = {"PDO-eConv, p16": {}, "plain CNN": CNN, "plain CNN, rotations in training": CNN | ROTATED}
 EPOCHS_OF = {100: 300, 300: 200, 1_000: 80, 3_000: 40, 10_000: 24}
 """Epochs for each number of digits: some thousand updates."""
 

@@ -28,8 +28,8 @@ def test_the_tables_and_figures_of_what_was_found(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations.reproduce, "README", page)
     monkeypatch.setattr(ablations, "FIGURES", tmp_path)
     found = {"error": 0.0223, "loss": 0.1, "train_error": 0.001, "parameters": 21142}
-    ablations.write({"as it is": found, "frame: 15°": found | {"error": 0.03}, "plain CNN: 1000 digits": found})
+    ablations.write({"as it is": found, "frame: 11.25°": found | {"error": 0.03}, "plain CNN: 1000 digits": found})
     text = page.read_text()
-    assert "| as it is |  | 21 142 | 2.23 % | 0.1000 | 0.10 % |\n| frame | 15° | 21 142 | 3.00 %" in text
+    assert "| as it is |  | 21 142 | 2.23 % | 0.1000 | 0.10 % |\n| frame | 11.25° | 21 142 | 3.00 %" in text
     assert "| plain CNN |  |  | 2.2 % |  |  |\n" in text and text.count("after") == 2 and text.startswith("before")
     assert {file.name for file in tmp_path.glob("*.png")} == {"ablations.png", "digits.png"}
