@@ -2,7 +2,7 @@
 
     python -m experiments.main --config experiments/configs/flow_residual_cnn.py
 
-Not yet run here.
+Recorded (1 seed, last epoch): 0.448 relative L2 error of the change, in 177 s on one CPU core that other jobs shared.
 """
 
 from experiments.configs.flow_p4m import config as p4m
