@@ -81,8 +81,8 @@ class Config:
     parallel: Literal["jit", "pmap"] = "jit"
     """How the batch is split over devices: `jax.jit` over a mesh, or `jax.pmap`. Both give the same numbers, to rounding."""
     scan: Literal["auto", True, False] = "auto"
-    """An epoch as one compiled loop (True) or a Python loop over a compiled step. "auto" compiles the loop, except on
-    a CPU for a network that uses lax.conv, which XLA runs some 30 times slower inside a compiled loop."""
+    """An epoch as one compiled loop (True) or a Python loop over a compiled step. "auto" compiles the loop, except for a stream
+    and, on a CPU, for a network that uses lax.conv, which XLA runs some 30 times slower inside a compiled loop."""
     eval_batch_size: int = 512
 
     def __post_init__(self):

@@ -247,8 +247,9 @@ class Feed:
             self._offer(DataError(f"{error}; once that is as it was, {AGAIN}"))
         except Exception as error:
             words = " ".join(str(error).split()).partition(". Search the logs")[0][:200]
-            self._offer(DataError(f"the processes that read the data have failed ({type(error).__name__}: {words}); {AGAIN}, "
-                                  "if the memory was full, with a smaller batch_size"))
+            self._offer(DataError(f"the processes that read the data have failed ({type(error).__name__}: {words}); {AGAIN}. "
+                                  "If the memory was full, give a smaller batch_size; a program of your own that trains stands "
+                                  "behind `if __name__ == '__main__':`"))
 
     def _offer(self, batch) -> bool:
         while not self._stop.is_set():
