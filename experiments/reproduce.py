@@ -28,9 +28,11 @@ HEAD = """| row | data | parameters | n | test error | wall time | device | comm
 
 
 class Row(NamedTuple):
-    """A config file by its name, what `--set` changes in it, the number of seeds, from 0 on, and a few words."""
+    """A config file by its name, what `--set` changes in it, the number of seeds, from 0 on, and a few words.
 
-    config: str
+    Without a config it is trained by a program of its own, which the words name."""
+
+    config: str | None
     overrides: tuple[str, ...]
     seeds: int
     text: str
@@ -46,6 +48,7 @@ ROWS = {
     "mnist_rot_best_p16": Row("mnist_rot_best_p16", (), 5, "the same with p16 and hard SiLU"),
     "mnist_rot_best_p4": Row("mnist_rot_best_p4", (), 3, "p4 in the recipe of `mnist_rot_best`"),
     "mnist_rot_best_cnn": Row("mnist_rot_best_cnn", (), 3, "plain CNN in the recipe of `mnist_rot_best`"),
+    "mnist_rot_best_escnn": Row(None, (), 3, "escnn's C8 in that recipe, in float32, by `python -m experiments.rival`"),
     "cifar10_p6_60": Row("cifar10_p6_60", (), 1, "p6 ResNet-26, 60 epochs, bfloat16"),
     "cifar10_cnn_60": Row("cifar10_cnn_60", (), 1, "plain ResNet-26, the same recipe"),
     "cifar10_p6m_60": Row("cifar10_p6m_60", (), 1, "p6m ResNet-26, the same recipe"),
@@ -88,10 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def work(options: argparse.Namespace):
     if unknown := [row for row in options.rows if row not in ROWS]:
         raise Refused(f"no row {unknown[0]!r}; the rows are {', '.join(ROWS)}")
+    if foreign := [row for row in options.rows if not ROWS[row].config]:
+        raise Refused(f"{foreign[0]} is not trained here: {ROWS[foreign[0]].text}")
     began, failed, out = time.monotonic(), [], options.out or RESULTS
     runs = out / "runs" if options.out else Path("runs")
     out.mkdir(parents=True, exist_ok=True)
-    for name, seed in missing(out, options.rows or list(ROWS)):
+    for name, seed in missing(out, options.rows or [name for name, row in ROWS.items() if row.config]):
         minutes = options.minutes - (time.monotonic() - began) / 60
         boundary.say(f"{name}, seed {seed}")
         try:
