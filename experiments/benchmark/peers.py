@@ -6,10 +6,10 @@ It imports nothing of this project. Each line of its input is a request in JSON,
     {"op": "run", "mode": "training"}                                             ->  {"seconds": 0.1}
 
 or by {"error": what went wrong}, which is "not installed" where the Python lacks the library. The peers are "torch" (a dense
-network of equal channels), "escnn" (R2Conv, regular fields) and "e2cnn" (R2Diffop, regular fields); the kinds are the functions
-in KINDS. Each runs on the case's "device", "cpu" or "cuda", in the faster of torch's two memory layouts, which `prepare` finds
-with two runs of each. bfloat16 is torch.autocast, or in inference a model of that type. On a GPU cuDNN may try its algorithms
-and multiplies float32 as TF32, both as XLA does.
+network of equal channels), "torch.compile" (that one compiled, in training steps), "escnn" (R2Conv, regular fields) and "e2cnn"
+(R2Diffop, regular fields); the kinds are the functions in KINDS. Each runs on the case's "device", "cpu" or "cuda", in the
+faster of torch's two memory layouts, which `prepare` finds with two runs of each. bfloat16 is torch.autocast, or in inference a
+model of that type. On a GPU cuDNN may try its algorithms and multiplies float32 as TF32, both as XLA does.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ def serve():
 
 def prepare(case):
     """(A function that runs a mode once and gives its seconds, the answer): the layout is chosen, everything is warm."""
-    names = {"torch": ["torch"], "escnn": ["torch", "escnn"], "e2cnn": ["torch", "e2cnn"]}[case["peer"]]
-    versions = {name: importlib.import_module(name).__version__ for name in names}
+    names = {"torch", case["peer"].partition(".")[0]}
+    versions = {name: importlib.import_module(name).__version__ for name in sorted(names, reverse=True)}
     torch.manual_seed(0)
     on_gpu = case["device"] == "cuda"
     if on_gpu:
@@ -209,7 +209,7 @@ class Regular:
 
 
 def kit(case):
-    return Dense(case["order"]) if case["peer"] == "torch" else Regular(case["peer"], case["order"], case["mirrored"])
+    return Dense(case["order"]) if case["peer"].startswith("torch") else Regular(case["peer"], case["order"], case["mirrored"])
 
 
 # The kinds of cases: each gives the module, a function for each mode, and a function that brings the inputs into a layout
@@ -242,6 +242,7 @@ def layer(case):
 def training_step(case):
     """Forward, backward and update of a network, with Adam, "ResNet" with Nesterov's SGD; "UNet" learns a field."""
     module, forward = NETWORKS[case["network"]](kit(case), case)
+    forward = torch.compile(forward) if case["peer"] == "torch.compile" else forward
     module.train()
     if case["network"] != "ResNet":
         optimiser = torch.optim.Adam(module.parameters(), lr=1e-4, weight_decay=case["l2"])

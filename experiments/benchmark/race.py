@@ -28,6 +28,7 @@ from pdo_jax import export
 
 ROOT = Path(__file__).parents[2]
 DENSE_PEER, PEERS = ("torch",), ("torch", "escnn", "e2cnn")
+STEP_PEERS = ("torch", "torch.compile", "escnn", "e2cnn")
 ALONE = "auto, without compiler_options"
 
 
@@ -100,7 +101,7 @@ def steps(options: Options) -> Iterator[list[dict]]:
         for label, network in cases.baselines(given.network, task.shape).items():
             plain = dataclasses.replace(given, network=network)
             programs[label, "training"] = cases.step_program(plain, task.shape, cases.state(plain, task.shape))
-        requests = [cases.network_case(peer, "training step", given, task) for peer in PEERS]
+        requests = [cases.network_case(peer, "training step", given, task) for peer in STEP_PEERS]
         rows = options.race({"case": f"{name}, batch {task.batch}", "dtype": dtype}, programs, requests)
         for row in rows:
             if row["program"] == "auto":
