@@ -57,7 +57,6 @@ CHOICES: Mapping[str, Mapping[str, Mapping]] = {
         "Gaussian 1.3, order 2": network(scheme=gaussian(1.3)),
         "central, order 2": network(scheme=pdo.stencils.central_difference),
         "Gaussian 1.0, the paper's nine": nine(gaussian(1.0)),
-        "Gaussian 1.3, the paper's nine": nine(gaussian(1.3)),
         "central, the paper's nine": nine(pdo.stencils.central_difference),
     },
     "frame": {"11.25°": network(frame=math.pi / 16)},
@@ -71,7 +70,6 @@ CHOICES: Mapping[str, Mapping[str, Mapping]] = {
         "SiLU": network(activation=nn.silu),
         "ReLU": network(activation=nn.relu),
         "L2 1e-4": {"l2": 1e-4},
-        "rate 3e-3": {"learning_rate": functools.partial(config.warmup_cosine, 3e-3, 2, EPOCHS)},
     },
 }
 """A choice, and what is taken instead: of as many parameters where the number of channels would change it."""
