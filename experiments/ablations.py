@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 import pdo_jax as pdo
 from experiments import baselines, boundary, config, programs, reproduce, train, workdir
+from experiments.boundary import Refused
 from experiments.config import Config
 from experiments.configs import mnist_rot_best_p16
 from experiments.datasets import augment
@@ -126,6 +127,8 @@ def run(settings: Config) -> dict:
 
 
 def work(options: argparse.Namespace):
+    if unknown := set(options.tables) - set(TABLES):
+        raise Refused(f"no table {min(unknown)!r}; the tables are {', '.join(TABLES)}")
     began, found = time.monotonic(), json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name, trial in trials().items():
         same = found.get(name, {}).get("config") == config.describe(trial.config)
@@ -204,7 +207,7 @@ TABLES = ("choices", "digits")
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m experiments.ablations", description=__doc__.partition("\n")[0])
-    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], metavar="TABLE", help="default: both; choices, digits")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help="default: all; " + ", ".join(TABLES))
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no trial after so many minutes")
     return parser
 

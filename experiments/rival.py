@@ -11,6 +11,7 @@ from the config; float32. It starts anew each time, and holds no checkpoints.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,12 +21,21 @@ from pathlib import Path
 FEATURES, HEAD = 7, 64
 
 
-def main():
+def main() -> int:
+    from experiments import boundary
+
     options = parser().parse_args()
+    return boundary.guarded(lambda: work(options))
+
+
+def work(options: argparse.Namespace):
     import numpy as np
 
     from experiments import config, datasets, reproduce, workdir
+    from experiments.boundary import Refused
 
+    if not shutil.which(options.python):
+        raise Refused(f"there is no Python at {options.python}; give --python one that has torch and escnn")
     recipe = config.load(Path(__file__).parent / "configs" / "mnist_rot_best.py", [f"seed={options.seed}", *options.set])
     data = datasets.load(recipe.dataset, validation=recipe.validation)
     mean, deviation = recipe.moments(data.train.images)
@@ -42,8 +52,11 @@ def main():
         np.savez(Path(folder, "data.npz"), **arrays)
         Path(folder, "task.json").write_text(json.dumps(task))
         began = time.monotonic()
-        subprocess.run([options.python, __file__, "--train", folder], check=True)
-        found = json.loads(Path(folder, "found.json").read_text())
+        done = subprocess.run([options.python, __file__, "--train", folder], stderr=subprocess.PIPE, text=True)
+        if not (told := Path(folder, "found.json")).exists():
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise Refused(f"{options.python} has not trained escnn's network: {last}")
+        found = json.loads(told.read_text())
     found |= {"dataset": data.name, "dataset_note": data.note, "wall_seconds": time.monotonic() - began}
     found["images"] = {name: len(getattr(data, name).labels) for name in datasets.SPLITS}
     around = workdir.surroundings()
@@ -143,15 +156,16 @@ def make_network(escnn, torch, task):
 
 def parser():
     parser = argparse.ArgumentParser("python -m experiments.rival", description=__doc__.partition("\n")[0])
-    parser.add_argument("--python", help="a Python with torch and escnn")
+    parser.add_argument("--python", required=True, help="one with torch and escnn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes a field of the config")
-    parser.add_argument("--train", metavar="FOLDER", help=argparse.SUPPRESS)
     return parser
 
 
 if __name__ == "__main__":
-    if folder := parser().parse_args().train:
-        train(folder)
+    if sys.argv[1:2] == ["--train"]:
+        train(sys.argv[2])
     else:
-        main()
+        from experiments.main import program
+
+        program(main, "it starts anew")

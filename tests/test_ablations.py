@@ -1,9 +1,12 @@
 """The trials of the tables of choices: what they are trained on, of what size they are, and what becomes of their results."""
 
+import importlib.util
+import sys
+
 import jax
 import pytest
 
-from experiments import ablations, config, programs
+from experiments import ablations, config, programs, rival
 
 
 def parameters(settings):
@@ -33,3 +36,21 @@ def test_the_tables_and_figures_of_what_was_found(tmp_path, monkeypatch):
     assert "| as it is |  | 21 142 | 2.23 % | 0.1000 | 0.10 % |\n| frame | 11.25° | 21 142 | 3.00 %" in text
     assert "| plain CNN |  |  | 2.2 % |  |  |\n" in text and text.count("after") == 2 and text.startswith("before")
     assert {file.name for file in tmp_path.glob("*.png")} == {"ablations.png", "digits.png"}
+
+
+@pytest.mark.parametrize("command, line", [
+    (["ablations", "choice"], "no table 'choice'; the tables are choices, digits"),
+    (["rival", "--python", "absent"], "there is no Python at absent; give --python one that has torch and escnn"),
+])
+def test_a_command_that_cannot_be_run_is_one_line(command, line, monkeypatch, capsys):
+    module = {"ablations": ablations, "rival": rival}[command[0]]
+    monkeypatch.setattr(sys, "argv", command)
+    assert module.main() == 2 and capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("escnn") is not None, reason="this Python has escnn")
+def test_another_python_without_escnn_is_one_line(monkeypatch, capsys):
+    """What it said last is told; nothing is recorded."""
+    monkeypatch.setattr(sys, "argv", ["rival", "--python", sys.executable, "--set", "dataset=mnist_rot/subset"])
+    assert rival.main() == 2
+    assert capsys.readouterr().err.endswith("has not trained escnn's network: ModuleNotFoundError: No module named 'escnn'\n")

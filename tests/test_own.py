@@ -116,7 +116,7 @@ def test_npz(tmp_path):
         (dict(images=images, labels=labels - 1), "from 0"),
         (dict(images=images, labels=labels * 2), "2 of the 5 classes .* '1', '3'"),
         (dict(images=images, y=labels), "holds images, y; expected train_images"),
-        (dict(images=np.array([print]), labels=labels), "no npz file of plain arrays: Object arrays"),
+        (dict(images=np.array([print]), labels=labels), "no npz file of plain arrays: it holds objects"),
     ]:
         np.savez(file, **arrays)
         with pytest.raises(DataError, match=message):

@@ -110,7 +110,9 @@ def _npz(place, size, *_):
             splits = {split: (file[f"{split}_images"], file[f"{split}_labels"]) for split in ("train", "validation", "test")
                       if {f"{split}_images", f"{split}_labels"} <= names}
     except (OSError, ValueError, zipfile.BadZipFile, AttributeError, EOFError) as error:
-        raise DataError(f"{path} is no npz file of plain arrays: {str(error)[:200]}") from error
+        pickled = "allow_pickle" in str(error)  # numpy's advice would be to execute it
+        words = "it holds objects, or is something else" if pickled else str(error)[:200]
+        raise DataError(f"{path} is no npz file of plain arrays: {words}") from error
     if not {"train", "test"} <= splits.keys():
         raise DataError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}; expected train_images, train_labels, "
                         "test_images and test_labels, or images and labels")
