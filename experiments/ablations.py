@@ -58,6 +58,7 @@ CHOICES: Mapping[str, Mapping[str, Mapping]] = {
         "Gaussian 1.3, order 2": network(scheme=gaussian(1.3)),
         "central, order 2": network(scheme=pdo.stencils.central_difference),
         "Gaussian 1.0, the paper's nine": nine(gaussian(1.0)),
+        "Gaussian 1.3, the paper's nine": nine(gaussian(1.3)),
         "central, the paper's nine": nine(pdo.stencils.central_difference),
     },
     "frame": {"11.25°": network(frame=math.pi / 16)},
