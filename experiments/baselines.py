@@ -98,5 +98,27 @@ class UNetCNN(nn.Module):
         return conv(shape[3] * shape[4])(x).reshape(shape).astype(jnp.float32)
 
 
+class ResidualCNN(nn.Module):
+    """A plain network of the layout of `residual.ResidualNet`, of 3×3 convolutions on a torus: not equivariant.
+
+    Fields [n, H, W, channels, d] give fields of the same shape.
+    """
+
+    width: int
+    blocks: int
+    dtype: DTypeLike = "float32"
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        conv = partial(nn.Conv, kernel_size=(3, 3), padding="CIRCULAR", use_bias=False, dtype=self.dtype)
+        shape = x.shape
+        x = conv(self.width)(x.reshape(*shape[:3], -1))
+        for _ in range(self.blocks):
+            y = conv(self.width)(nn.relu(_batch_norm(self, train)(x)))
+            x = x + conv(self.width)(nn.relu(_batch_norm(self, train)(y)))
+        return conv(shape[3] * shape[4])(nn.relu(_batch_norm(self, train)(x))).reshape(shape).astype(jnp.float32)
+
+
 def _batch_norm(module: nn.Module, train: bool) -> nn.BatchNorm:
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=module.dtype, axis_name=module.axis_name)

@@ -1,4 +1,4 @@
-"""Residual networks from fields to fields on a torus, at one resolution: of PDO-eConvs, and a plain one of the same layout."""
+"""A residual network from fields to fields on a torus, at one resolution; `baselines` has a plain one of the same layout."""
 
 from functools import partial
 from typing import Any
@@ -37,25 +37,3 @@ class ResidualNet(nn.Module):
         for _ in range(self.blocks):
             x = x + conv()(activate(conv()(activate(x))))
         return pdo.PDOConv(1, regular, self.rep, **options)(activate(x)).astype(jnp.float32)
-
-
-class ResidualCNN(nn.Module):
-    """The same layout in plain 3×3 convolutions, not equivariant. Fields [n, H, W, channels, d] give fields of this shape."""
-
-    width: int
-    blocks: int
-    dtype: Any = jnp.float32
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, x, train: bool = False):
-        conv = partial(nn.Conv, kernel_size=(3, 3), padding="CIRCULAR", use_bias=False, dtype=self.dtype)
-
-        def activate(x):
-            return nn.relu(nn.BatchNorm(not train, momentum=0.9, dtype=self.dtype, axis_name=self.axis_name)(x))
-
-        shape = x.shape
-        x = conv(self.width)(x.reshape(*shape[:3], -1))
-        for _ in range(self.blocks):
-            x = x + conv(self.width)(activate(conv(self.width)(activate(x))))
-        return conv(shape[3] * shape[4])(activate(x)).reshape(shape).astype(jnp.float32)

@@ -11,8 +11,9 @@ import pytest
 import pdo_jax as pdo
 from experiments import datasets
 from experiments import flow as rollouts
+from experiments.baselines import ResidualCNN
 from experiments.datasets import Split, flow
-from experiments.residual import ResidualCNN, ResidualNet
+from experiments.residual import ResidualNet
 
 P4M = pdo.groups.dihedral(4)
 VECTOR = pdo.fields.standard(P4M)
@@ -101,7 +102,7 @@ def test_the_residual_network_turns_with_the_flow():
     """Under every element of p4m; the plain one of the same layout does not."""
     u = jnp.asarray(flow.velocity(flow.start(1, 0)), jnp.float32)[:, ::4, ::4, None]
     for network, turns in ((ResidualNet(VECTOR, 2, 1), True), (ResidualCNN(8, 1), False)):
-        found, variables = jax.jit(network.init_with_output)(jax.random.key(0), u)
+        found, variables = jax.jit(functools.partial(network.init_with_output, train=False))(jax.random.key(0), u)
         assert found.shape == u.shape
-        apply = jax.jit(functools.partial(network.apply, variables))
+        apply = jax.jit(functools.partial(network.apply, variables, train=False))
         assert (pdo.equivariance.error(apply, u, P4M, in_rep=VECTOR, out_rep=VECTOR).max() < 1e-5) == turns

@@ -5,7 +5,7 @@
 Recorded (1 seed, last epoch): 0.448 relative L2 error of the change, in 177 s on one CPU core that other jobs shared.
 """
 
+from experiments.baselines import ResidualCNN
 from experiments.configs.flow_p4m import config as p4m
-from experiments.residual import ResidualCNN
 
 config = p4m | dict(network=ResidualCNN(width=9, blocks=5))
