@@ -15,7 +15,7 @@ from pdo_jax import kernels, lowering, stencils
 from pdo_jax.fields import Representation, field_axes, group_of
 from pdo_jax.groups import Array, Group
 from pdo_jax.lowering.channels import along
-from pdo_jax.lowering.layout import extended, is_portable, merge, split
+from pdo_jax.lowering.layout import continued, is_portable, merge, split
 from pdo_jax.mixing import SteerableCoefficients, coefficients_of
 
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -270,8 +270,7 @@ def convolve(module: nn.Module, x: Array, w: jax.Array, coefficients: Any, way: 
         if mode:
             if any(n < low + (mode == "reflect") for n, (low, _) in zip(x.shape[1:], padding, strict=False)):
                 raise ValueError(f"{module.padding} padding by {padding} needs a larger input, got {x.shape[1:1 + dim]}")
-            for axis, (low, high) in enumerate(padding, 1):
-                x = extended(x, axis, low, high, mode)
+            x = continued(x, padding, mode)
         if groups == 1:
             return each(x, w)
         portable = is_portable() and not module.is_initializing()

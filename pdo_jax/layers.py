@@ -147,7 +147,7 @@ def named(module: nn.Module) -> str:
 
 def floating(x: Array) -> jax.Array:
     """Whole numbers, and truth values, become float32."""
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+    return jnp.asarray(x, None if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32)
 
 
 class GroupDropout(nn.Module):

@@ -15,7 +15,7 @@ import numpy as np
 from pdo_jax.fields import Representation, as_field, cosets, field_axes
 from pdo_jax.groups import Array, Group
 from pdo_jax.layers import floating
-from pdo_jax.lowering.layout import extended, merge, on_platform, restore, split, view
+from pdo_jax.lowering.layout import continued, extended, merge, on_platform, restore, split, view
 
 
 def max_pool(x: Array, group: Group | Representation, window: int = 2, strides: int | None = None, *,
@@ -318,8 +318,7 @@ def _window(x, window, strides, periodic):
     if periodic:
         _divisible(space, strides)
         beyond = max(0, -(-(window - strides) // 2))
-        for axis in range(1, 1 + len(space)):
-            x = extended(x, axis, beyond, beyond, "wrap")
+        x = continued(x, [(beyond, beyond)] * len(space), "wrap") if beyond else x
         window = strides + 2 * beyond
     return x, int(window), int(strides)
 

@@ -145,6 +145,16 @@ def extended(x: jax.Array, axis: int, low: int, high: int, mode: str) -> jax.Arr
     return jnp.concatenate([*more[:low], x, *more[low:]], axis)
 
 
+def continued(x: jax.Array, padding: Sequence[tuple[int, int]], mode: str) -> jax.Array:
+    """A field, :func:`extended` along each axis of space; its cotangent, a sum of slices, is made once and held."""
+    def more(x, first):
+        for axis, (low, high) in enumerate(padding, first):
+            x = extended(x, axis, low, high, mode)
+        return x
+
+    return on_platform(lambda x: restore(more(hold(view(x)), 2)), lambda x: more(x, 1))(x)
+
+
 def taps(x: jax.Array, stencil: np.ndarray, axis: int, strides: Sequence[int], *ranges: range) -> jax.Array:
     """Correlates x, of its first axes only the ``ranges``, with a stencil along the axes that start at ``axis``, in float32;
     sums points of equal weight first."""
