@@ -40,4 +40,4 @@ config = configparser.ConfigParser()
 config.read("setup.cfg", encoding="utf-8")
 version = runpy.run_path("pdo_jax/_version.py")["__version__"]
 setup(cmdclass={"bdist_wheel": Wheel},
-      long_description=description(Path("README.md").read_text("utf-8"), config["metadata"]["url"], version))
+      long_description=description(Path("README.md").read_text("utf-8"), config.get("metadata", "url", fallback=""), version))

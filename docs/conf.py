@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["PYTHONPATH"] = root = str(Path(__file__).parents[1])  # for `import experiments` in the pages' cells
 config = configparser.ConfigParser()
 config.read(Path(root, "setup.cfg"), encoding="utf-8")
-address = config["metadata"]["url"]  # of the repository, once it has one
+address = config.get("metadata", "url", fallback="")  # of the repository, once it has one
 author = "the authors of pdo_jax"
 project, release = "pdo_jax", pdo_jax.__version__
 copyright = "the authors of pdo_jax; MIT licence"
