@@ -16,9 +16,8 @@ RELATIVE = r"(?!https?:|#)"
 
 class Wheel(bdist_wheel):
     def run(self):
-        for extras in (self.distribution.extras_require, self.distribution.metadata.extras_require):
-            for extra in CHECKOUT:
-                extras.pop(extra, None)
+        for holder in (self.distribution, self.distribution.metadata):
+            holder.extras_require = {name: needs for name, needs in holder.extras_require.items() if name not in CHECKOUT}
         super().run()
 
 
