@@ -198,7 +198,10 @@ def digits_figure(rows) -> Figure:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="digits to train on", ylabel="error on the others, %")
-    axes.grid(True, which="both", alpha=0.3)
+    axes.set_xticks(sizes := list(EPOCHS_OF), labels=[str(size) for size in sizes])
+    axes.set_yticks(errors := [1, 2, 5, 10, 20, 50], labels=[str(error) for error in errors])
+    axes.minorticks_off()
+    axes.grid(True, alpha=0.3)
     axes.legend()
     return figure
 

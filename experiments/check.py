@@ -78,7 +78,8 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
                          "stream=False")
     size, shape, name = len(given.train.labels), given.train.images.shape[1:], type(network).__name__
     if given.num_classes and getattr(network, "num_classes", given.num_classes) != given.num_classes:
-        raise TrainError(f"the network has {network.num_classes} classes, {given.name} has {given.num_classes}")
+        raise TrainError(f"the network has {network.num_classes} classes, {given.name} has {given.num_classes}; give it as "
+                         f"many, in a config or with --set network.num_classes={given.num_classes}")
     if config.batch_size % devices:
         raise TrainError(f"batch_size is {config.batch_size}; it must be a multiple of the {devices} devices")
     if config.batch_size > size:

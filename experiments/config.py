@@ -129,7 +129,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = getattr(module, "config", None)
     if not isinstance(values, Mapping):
         raise ConfigError(f"config file {path} must define `config = dict(network=..., ...)`; its config is {values!r}")
-    return make({**values, **dict(_override(text) for text in overrides)})
+    values = dict(values)
+    for key, value in map(_override, overrides):
+        if key.startswith("network."):
+            key, value = "network", _with_option(values.get("network"), key.removeprefix("network."), value)
+        values[key] = value
+    return make(values)
 
 
 def make(values: Mapping[str, Any]) -> Config:
@@ -185,7 +190,7 @@ def _override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--set takes key=value, got {text!r}")
-    kind = _field(key).type
+    kind = Any if key.startswith("network.") else _field(key).type
     if key == "dataset":
         return key, value
     if Callable in (kind, *typing.get_args(kind)) and float not in typing.get_args(kind) or kind in (nn.Module, Mapping):
@@ -194,6 +199,15 @@ def _override(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def _with_option(network, option: str, value):
+    """The network with another value of one of its options."""
+    options = [field.name for field in dataclasses.fields(network)] if isinstance(network, nn.Module) else []
+    if option not in options or option in ("parent", "name"):
+        words = ", ".join(name for name in options if name not in ("parent", "name"))
+        raise ConfigError(f"the network {type(network).__name__} has no option {option!r}; it has {words or 'none'}")
+    return network.clone(**{option: value})
 
 
 def _checked(field: dataclasses.Field, value):

@@ -65,6 +65,7 @@ def test_overrides_are_literals_or_text(tmp_path):
     assert (config.scan, config.l2, config.dataset, config.data_dir) == (False, 1.0, "cifar10", None)
     assert config.learning_rate == 2e-3 and config.epochs == 2
     assert load(tmp_path / "c.py", ["data_dir=/data/x=y"]).data_dir == "/data/x=y"
+    assert load(tmp_path / "c.py", ["network.num_classes=3"]).network == config.network.clone(num_classes=3)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,7 @@ def test_overrides_are_literals_or_text(tmp_path):
         ("optimizer=adam", "--set cannot give optimizer"),
         ("augment=rotate", "--set cannot give augment"),
         ("network=MnistRotCNN()", "--set cannot give network"),
+        ("network.classes=3", "has no option 'classes'; it has .*num_classes"),
     ],
 )
 def test_wrong_overrides_are_named(tmp_path, override, message):

@@ -4,6 +4,7 @@ import collections
 import copy
 import functools
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -177,20 +178,19 @@ def test_every_layer_and_network_has_a_face():
 
 
 def test_the_page_runs():
-    """docs/nnx.md is one screen. Its loop learns, and moves all parameters, statistics and keys; then evaluation is invariant
-    and changes nothing, and the network is exported as the page says."""
-    page = (Path(__file__).parent.parent / "docs" / "nnx.md").read_text()
-    loop, _, export = re.findall(r"```{code-cell} ipython3\n(?::[^\n]*\n)?(.*?)```", page, re.S)
-    assert page.count("\n") <= 90
+    """docs/nnx.ipynb: its loop learns, and moves all parameters, statistics and keys; then evaluation is invariant and changes
+    nothing, and the network is exported as the page says."""
+    cells = json.loads((Path(__file__).parent.parent / "docs" / "nnx.ipynb").read_text())["cells"]
+    _, loop, _, export = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     found = {"__name__": "page"}
-    exec(compile(loop, "docs/nnx.md", "exec"), found)
+    exec(compile(loop, "docs/nnx.ipynb", "exec"), found)
     net, infer, images = found["net"], found["infer"], found["images"]
     assert found["losses"][-1] < 0.5 * found["losses"][0]
     assert changes(state(found["Net"](P4, rngs=nnx.Rngs(0))), state(net)) == {"kernel", "bias", "scale", "mean", "var", "count"}
     before = state(net)
     assert_same(infer(net, jnp.rot90(images, axes=(1, 2))), infer(net, images), 1e-4)
     assert changes(before, state(net)) == set()
-    exec(compile(export, "docs/nnx.md", "exec"), found)
+    exec(compile(export, "docs/nnx.ipynb", "exec"), found)
     assert found["program"].out_avals[0].shape == (64, 2)
 
 

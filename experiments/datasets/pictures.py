@@ -87,21 +87,18 @@ def files(path: Path) -> list[Path]:
 
 
 def try_each(items: Sequence, function: Callable, words: str | None = None) -> list:
-    """The function of each, in threads; where it fails, its error. A progress bar, if there are words for it."""
+    """The function of each, in threads; where it fails, its error. A progress bar, if there are words for it, which a process
+    that reads for a stream has not: tqdm makes a semaphore, and one that is killed would leave it behind."""
     def tried(item):
         try:
             return function(item)
         except DataError as error:
             return error
 
-    results = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(
-            desc=words, total=len(items), unit="picture", leave=False, disable=not words) as bar:
-        for start in range(0, len(items), 1024):  # so that a million waiting calls take no memory
-            for result in pool.map(tried, items[start : start + 1024]):
-                results.append(result)
-                bar.update()
-    return results
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        parts = (items[start : start + 1024] for start in range(0, len(items), 1024))  # a million waiting calls take memory
+        results = (result for part in parts for result in pool.map(tried, part))
+        return list(tqdm(results, words, len(items), unit="picture", leave=False) if words else results)
 
 
 def _wrong(results):

@@ -113,7 +113,8 @@ def hold_out(given: Dataset, validation: int) -> Dataset:
     """The data set with so many validation examples from the end of its train split."""
     n = len(given.train.labels)
     if isinstance(validation, bool) or not isinstance(validation, int) or not 0 <= validation < n:
-        raise ValueError(f"validation must be a whole number from 0 to {n - 1} for {given.name}, got {validation!r}")
+        raise ValueError(f"validation must be a whole number from 0 to {n - 1} for {given.name}, got {validation!r}; give "
+                         "another in a config or with --set validation=…")
     if not validation:
         return given
     if len(given.validation.labels):

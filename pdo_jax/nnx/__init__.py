@@ -1,4 +1,4 @@
-"""For flax.nnx: ``import pdo_jax.nnx as pnn`` has a class for each linen module of the library, by its name; docs/nnx.md."""
+"""For flax.nnx: ``import pdo_jax.nnx as pnn`` has a class for each linen module of the library, by its name; docs/nnx.ipynb."""
 
 from pdo_jax.nnx import networks
 from pdo_jax.nnx.face import Face, from_linen
