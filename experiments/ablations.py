@@ -112,7 +112,7 @@ def run(settings: Config) -> dict:
     mesh = programs.all_devices()
     state = programs.place(mesh, programs.initial_state(settings, model, data.train.images.shape[1:]))
     train_epoch, _ = programs.epoch_program(settings, model, data.train, mesh, state)
-    began = time.monotonic()
+    began, commit = time.monotonic(), workdir.surroundings()["commit"]
     for epoch in range(1, settings.epochs + 1):
         state, metrics = train_epoch(state, epoch)
     found, _ = programs.evaluation_program(settings, model, mesh)(state.variables, data.validation)
@@ -122,7 +122,7 @@ def run(settings: Config) -> dict:
         "train_error": metrics["train_error"],
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "seconds": time.monotonic() - began,
-        "commit": workdir.surroundings()["commit"],
+        "commit": commit,
         "config": config.describe(settings),
     }
 

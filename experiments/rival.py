@@ -51,7 +51,7 @@ def work(options: argparse.Namespace):
             arrays[f"{name}_labels"] = np.asarray(split.labels, np.int64)
         np.savez(Path(folder, "data.npz"), **arrays)
         Path(folder, "task.json").write_text(json.dumps(task))
-        began = time.monotonic()
+        began, around = time.monotonic(), workdir.surroundings()
         done = subprocess.run([options.python, __file__, "--train", folder], stderr=subprocess.PIPE, text=True)
         if not (told := Path(folder, "found.json")).exists():
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -59,7 +59,6 @@ def work(options: argparse.Namespace):
         found = json.loads(told.read_text())
     found |= {"dataset": data.name, "dataset_note": data.note, "wall_seconds": time.monotonic() - began}
     found["images"] = {name: len(getattr(data, name).labels) for name in datasets.SPLITS}
-    around = workdir.surroundings()
     found |= {key: around[key] for key in ("host", "commit")} | {"config": {key: task[key] for key in task if key != "rates"}}
     print({key: found[key] for key in ("parameters", "held_error", "held_loss", "wall_seconds")})
     if not recipe.validation:

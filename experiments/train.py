@@ -65,7 +65,7 @@ def train(
         model = programs.make_model(config, *config.moments(values))
         known = record.of(config, data, source)
         record.agree(known)
-        forced = record.resume(workdir, known, force)
+        forced, around = record.resume(workdir, known, force), surroundings()
         if (workdir / "result.json").exists():
             return read_json(workdir / "result.json", RESULT)
         shape, sizes = data.train.images.shape[1:], {name: len(getattr(data, name).labels) for name in datasets.SPLITS}
@@ -106,7 +106,7 @@ def train(
             confusion = totals.get("error") if data.test.labels.ndim == 1 else None
             with writing(workdir, workdir):
                 result["figures"] = figures.draw(workdir / "figures", history, confusion, model.network, variables, shape)
-                result |= {"wall_seconds": time.perf_counter() - began, "scan": scan} | surroundings()
+                result |= {"wall_seconds": time.perf_counter() - began, "scan": scan} | around
                 result |= {"forced": forced} if forced else {}
                 result["config"] = describe(config)
                 write_json(workdir / "result.json", result)
