@@ -13,11 +13,13 @@ import subprocess
 import tarfile
 import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import check, config, programs
 from experiments.datasets import DataError, Split, builders, compact, load, rotation, sources
 
 RNG = np.random.default_rng(0)
@@ -194,6 +196,17 @@ def test_cifar100_takes_the_fine_label(tmp_path, monkeypatch, offline):
     same(dataset.train, images[:2], [99, 0])
     same(dataset.test, images[2:], [42])
     assert dataset.num_classes == 100
+
+
+def test_the_paper_network_for_cifar100_fits_its_archive(tmp_path, monkeypatch, offline):
+    """The config's step and evaluation, traced on the shapes of the original."""
+    settings = config.load(Path(config.__file__).parent / "configs" / "cifar100_p6.py")
+    images = pixels(settings.batch_size, 32, 32, 3)
+    rows = cifar(images, np.arange(len(images)) % 100, b"\x07")
+    archive = tar_gz({"cifar-100-binary/train.bin": rows, "cifar-100-binary/test.bin": rows[: len(rows) // len(images)]})
+    put(monkeypatch, tmp_path / "manual", "CIFAR100_PINS", archive)
+    data = check.data(load("cifar100", data_dir=tmp_path))
+    check.run(settings, programs.make_model(settings, *settings.moments(data.train.images)), data, programs.all_devices())
 
 
 def test_official_mnist_rot_keeps_its_floats(tmp_path, monkeypatch, mnist, offline):
