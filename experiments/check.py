@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 
 from experiments import programs
 from experiments.config import Config, ConfigError
-from experiments.datasets import SPLITS, Dataset, Split, stream
+from experiments.datasets import SPLITS, Dataset, Split, hold_out, stream
+from experiments.losses import ERROR
 from experiments.workdir import TrainError
 
 
@@ -65,6 +66,28 @@ def _split(given, name):
     if not finite:
         raise TrainError(f"{where} has images with numbers that are not finite; look for NaN or infinity in it")
     return Split(floats, labels.astype(np.int32, copy=False))
+
+
+def moments(config: Config, images) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of the train images, [channels], by which all are normalised."""
+    with _trying("moments"):
+        mean, deviation = (np.broadcast_to(np.float32(part), images.shape[-1:]) for part in config.moments(images))
+    if not (np.isfinite(mean).all() and np.isfinite(deviation).all() and (deviation > 1e-6 * np.abs(mean)).all()):
+        raise TrainError(f"moments gives the mean {mean} and the deviation {deviation} of channels; expected finite numbers "
+                         "and deviations above 0: leave out a channel that is the same everywhere, or set moments")
+    return mean, deviation
+
+
+def made(function, validation: int) -> Dataset:
+    """The data set that a function gives, with so many examples held out."""
+    with _trying("the function dataset"):
+        given = function()
+    if not isinstance(given, Dataset):
+        raise TrainError(f"the function dataset gives {given!r:.100}; expected a datasets.Dataset")
+    for name in SPLITS:
+        if not isinstance(found := getattr(given, name), Split):
+            raise TrainError(f"the function dataset gives the {name} set {found!r:.100}; expected a datasets.Split")
+    return hold_out(given, validation)
 
 
 def run(config: Config, model, given: Dataset, mesh: Mesh):
@@ -117,6 +140,10 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
         losses = jax.eval_shape(config.loss, outputs, targets)
         if getattr(losses, "shape", None) != images.shape[:1] or not jnp.issubdtype(losses.dtype, jnp.floating):
             raise TrainError(f"loss gives {_kind(losses)}; expected a float for each example, {list(images.shape[:1])}")
+    if wrong := [name for name in config.metrics if not (isinstance(name, str) and name.isidentifier()) or name == "loss"]:
+        raise TrainError(f"metrics has the name {wrong[0]!r}; expected words such as mean_iou, and not loss, which is told too")
+    if config.metrics.get("error", ERROR) != ERROR:
+        raise TrainError("the metric error is the share that is predicted wrong, losses.ERROR; give another one another name")
     with _trying("metrics"):
         counted = jax.ShapeDtypeStruct(images.shape[:1], bool)
         totals = jax.eval_shape(lambda *arrays: programs.tallies(config, *arrays), outputs, targets, counted)

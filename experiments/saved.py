@@ -149,9 +149,10 @@ def load(path: str | Path, config: Config | None = None) -> Run:
     except Exception as error:
         raise TrainError(f"the network of {workdir} cannot be built: {type(error).__name__}: {str(error)[:300]}") from error
     epochs = saved_epochs(workdir)
-    epoch = int(path.name) if path.parent.name == "checkpoints" and path.name.isdigit() else max(epochs, default=0)
-    if epoch not in epochs:
-        raise TrainError(f"{workdir} has no checkpoint {epoch or ''}; it has those of the epochs {epochs}")
+    epoch = path.name if path.parent.name == "checkpoints" else str(max(epochs, default=""))
+    if epoch not in map(str, epochs):
+        raise TrainError(f"{workdir} has no checkpoint {epoch}; it has those of the epochs {epochs}")
+    epoch = int(epoch)
     here = SingleDeviceSharding(jax.local_devices()[0])
     wanted = {"average": variables} if config.ema else variables
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), wanted)

@@ -13,13 +13,12 @@ Without a test set a fifth of each class is set apart as one, the same at every 
 
 import re
 import zipfile
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from . import pictures, stream
-from .sources import DataError
+from .sources import DataError, path_of
 
 FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 Splits = dict[str, tuple[np.ndarray | stream.Images, np.ndarray]]
@@ -61,7 +60,7 @@ def load(name: str, image_size: int | None, data_dir: str | None, streamed: bool
 
 
 def _folder(place, size, _, streamed):
-    root = Path(place).expanduser()
+    root = path_of(place)
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; give one that holds a folder of pictures for each class")
     parts = {split: found[0] for split, names in FOLDERS.items() if (found := [root / n for n in names if (root / n).is_dir()])}
@@ -97,7 +96,7 @@ def _inside(folder):
 
 
 def _npz(place, size, *_):
-    path = Path(place).expanduser()
+    path = path_of(place)
     if size:
         raise DataError("image_size is for folder: and tfds:; bring the arrays of an npz file to their size yourself")
     try:

@@ -32,6 +32,15 @@ class Source(NamedTuple):
     parse: Callable[[dict[str, bytes]], Any]
 
 
+def path_of(text: str | Path) -> Path:
+    """A path that may begin with ~."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"there is no home folder for {text} ({error}); give a path without ~, or for the data sets that are "
+                        "kept, a folder with PDO_DATA_DIR") from error
+
+
 def host(url: str, pins: dict[str, str], parse) -> Source:
     """The files of `pins` under the public address `url`."""
     return Source(url, lambda file: download(f"{url}/{file}"), pins, parse)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import own, shapes3d, stream
-from .sources import DataError
+from .sources import DataError, path_of
 
 SUBSET = Path(__file__).with_name("mnist_rot_subset.npz")
 PREPARING = ".preparing-"
@@ -96,10 +96,7 @@ def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None =
     elif name.startswith("shapes3d"):
         splits, note = shapes3d.generate(turned=name == "shapes3d/turned")
     else:
-        try:
-            root = Path(data_dir or os.environ.get("PDO_DATA_DIR") or "~/.cache/pdo_jax").expanduser()
-        except RuntimeError as error:
-            raise DataError(f"there is no home folder to keep data in ({error}); choose a folder with PDO_DATA_DIR") from error
+        root = path_of(data_dir or os.environ.get("PDO_DATA_DIR") or "~/.cache/pdo_jax")
         splits, note = _read(_prepared("flow" if name.startswith("flow/") else name, root))
         if name.startswith("flow/"):
             pairs = int(name.partition("/")[2]) * len(splits["train"][0]) // 64
