@@ -43,7 +43,9 @@ def opened(workdir: Path, writes: bool = True) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            held = [path.name for path in workdir.iterdir() if path.suffix != ".partial" and path.name != ".lock"]
+            inside = list(workdir.iterdir())
+            _plain(inside, links=not writes)
+            held = [path.name for path in inside if path.suffix != ".partial" and path.name != ".lock"]
             if held and "config.json" not in held:
                 names = ", ".join(sorted(held)[:3])
                 raise TrainError(f"{workdir} holds files that belong to no run, such as {names}; choose another --workdir")
@@ -52,6 +54,14 @@ def opened(workdir: Path, writes: bool = True) -> Iterator[None]:
         except OSError as error:
             raise TrainError(f"cannot write to the folder {workdir}: {error.strerror}; choose another --workdir") from error
         yield
+
+
+def _plain(paths, links=True):
+    """Refuses pipes and devices, which may be read without end, and links, through which another file would be written."""
+    for path in paths:
+        if path.is_symlink() and not links or not (path.is_file() or path.is_dir() or path.is_symlink()):
+            kind = "link" if path.is_symlink() else "pipe or device"
+            raise TrainError(f"{path} is a {kind}; put the file itself in its place")
 
 
 def _lock(workdir, stack):
@@ -120,6 +130,7 @@ def restore(workdir: Path, epoch: int, parts: T) -> T:
     folder = workdir / "checkpoints" / str(epoch)
     advice = "If it is damaged, move that folder away; the run then goes on from the checkpoint before it."
     named = parts if isinstance(parts, dict) else parts._asdict()
+    _plain(folder.rglob("*"))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             about = read_json(folder / "about" / "metadata", {"epoch": int, "sha256": {str: str}})
@@ -186,6 +197,7 @@ def read_history(workdir: Path, done: int, writes: bool) -> list[dict]:
     """
     path = workdir / "metrics.jsonl"
     try:
+        _plain([path] * path.exists())
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     except (OSError, ValueError) as error:
         raise TrainError(f"cannot read {path}: {error}") from error
@@ -260,6 +272,7 @@ def read_json(path: Path, kind: Mapping) -> dict:
     """The object in a JSON file; an error unless it is of this kind: {key: kind of its value}, [kind of its items], a type, or
     a tuple of kinds. A number is finite, a key that is missing has the value None, and the key `str` stands for all others.
     """
+    _plain([path] * path.exists())
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

@@ -167,14 +167,16 @@ def test_a_prepared_data_set_that_names_a_class_imports_nothing(tmp_path, monkey
     (tmp_path / "evil.py").write_text("raise SystemExit('executed')")
     folder = tmp_path / "cifar10" / "1.0.0"
     folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text('{"name": "cifar10", "version": "1.0.0", "fileFormat": "array_record"}')
     for features in (
         {"pythonClassName": "evil.Feature"},
         {"type": "evil.Feature", "content": {}},
         {"a": [{"pythonClassName": "evil.F"}]},
     ):
         (folder / "features.json").write_text(json.dumps(features))
-        with pytest.raises(DataError, match="is damaged .features.json names evil.F.*delete that folder"):
-            store.load("cifar10", data_dir=tmp_path)
+        for name, advice in (("cifar10", "; delete that folder"), ("tfds:cifar10", "")):
+            with pytest.raises(DataError, match=f"features.json names 'evil.F.*is no feature of tensorflow-datasets.*{advice}"):
+                store.load(name, data_dir=tmp_path)
 
 
 # Damaged folders
@@ -227,6 +229,31 @@ def damaged(run, name, content):
     if name == "config.json":
         with pytest.raises(TrainError, match=re.escape(str(run / name))):
             saved.load(run)
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.jsonl", "checkpoints/2/about/metadata"])
+def test_pipes_are_not_waited_for(run, name):
+    if name != "result.json":
+        (run / "result.json").unlink()
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    with pytest.raises(TrainError, match=f"{re.escape(str(run / name))} is a pipe or device"):
+        begun_again(run)
+    if name in ("config.json", "checkpoints/2/about/metadata"):
+        with pytest.raises(TrainError, match="is a pipe or device"):
+            saved.load(run)
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "config.json", "checkpoints"])
+def test_nothing_is_written_through_a_link(run, name, tmp_path):
+    (run / "result.json").unlink()
+    (target := tmp_path / "target").write_text("mine")
+    there = run / name
+    there.rename(tmp_path / "aside")
+    there.symlink_to(target)
+    with pytest.raises(TrainError, match=f"{re.escape(str(there))} is a link; put the file itself in its place"):
+        begun_again(run)
+    assert target.read_text() == "mine"
 
 
 def flip(path: Path, place: float = 0.5):

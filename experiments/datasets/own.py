@@ -13,12 +13,13 @@ Without a test set a fifth of each class is set apart as one, the same at every 
 
 import re
 import zipfile
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from . import pictures, stream
-from .sources import DataError, path_of
+from .sources import DataError, known_features, path_of
 
 FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 Splits = dict[str, tuple[np.ndarray | stream.Images, np.ndarray]]
@@ -123,7 +124,10 @@ def _tfds(place, size, data_dir, streamed):
     if not re.fullmatch(r"[a-z]\w*(/[\w.+-]+)?", name):
         raise DataError(f"{place!r} names no set of tensorflow-datasets; expected NAME, NAME/config or NAME/config:split")
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.utils.file_utils import list_data_dirs
 
+    for folder in list_data_dirs(data_dir):
+        known_features(Path(folder, name.partition("/")[0]))
     try:
         sources = tfds.data_source(name, data_dir=data_dir)
         features = next(iter(sources.values())).dataset_info.features
