@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import boundary, check, config, figures, measures, saved, train
+from experiments import boundary, config, figures, measures, saved, train
 from experiments.main import program
 from experiments.workdir import TrainError, read_history, read_json, write_text
 
@@ -68,16 +67,14 @@ def look(path: Path, given: config.Config | None = None, data=None) -> Seen:
     """Asks a run for its test set; `data` stands in for one that was handed over."""
     run = saved.load(path, given)
     result = read_json(path / "result.json", train.RESULT)
-    if data is None and run.about["input"]["own"] and not callable(run.config.dataset):
-        raise TrainError(f"{path} was trained on arrays or on a function's; name its config file with --config")
-    data = check.data(data or train.load_data(run.config))
+    data = saved.data_of(run, path, data)
     images, labels = data.test
     if "test_error" not in result or labels.ndim > 1:
         raise TrainError(f"{path} is not about classes of images; its numbers are in {path / 'result.json'}")
-    logits = jax.jit(lambda x: jax.nn.softmax(run.model.outputs(run.variables, x, train=False).astype(np.float32)))
+    probabilities = run.probabilities()
     size = min(run.config.eval_batch_size, len(labels))
     batches = (np.asarray(images[start : start + size]) for start in range(0, len(labels), size))
-    parts = [np.asarray(logits(np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)]))) for x in batches]
+    parts = [np.asarray(probabilities(np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)]))) for x in batches]
     turned = measures.logits_at_angles(run.model, run.variables, images[:TURNED]) if images.ndim == 4 else None
     classes = [name.replace("$", r"\$") for name in saved.names(data.classes, parts[0][0])]  # no formulas in figures
     return Seen(path.name, result, read_history(path, run.epoch, writes=False), classes, images, labels,
