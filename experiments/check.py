@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from experiments import programs
 from experiments.config import Config, ConfigError
 from experiments.datasets import SPLITS, Dataset, Split, hold_out, stream
+from experiments.datasets.pictures import memory
 from experiments.losses import ERROR
 from experiments.workdir import TrainError
 
@@ -99,14 +100,14 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
     if streamed and config.scan is True:
         raise TrainError(f"{given.name} is streamed, and scan=True needs all of it on the devices; leave scan out, or set "
                          "stream=False")
-    size, shape, name = len(given.train.labels), given.train.images.shape[1:], type(network).__name__
+    count, shape, name = len(given.train.labels), given.train.images.shape[1:], type(network).__name__
     if given.num_classes and getattr(network, "num_classes", given.num_classes) != given.num_classes:
         raise TrainError(f"the network has {network.num_classes} classes, {given.name} has {given.num_classes}; give it as "
                          f"many, in a config or with --set network.num_classes={given.num_classes}")
     if config.batch_size % devices:
         raise TrainError(f"batch_size is {config.batch_size}; it must be a multiple of the {devices} devices")
-    if config.batch_size > size:
-        raise TrainError(f"batch_size is {config.batch_size}; the train set has {size} images only")
+    if config.batch_size > count:
+        raise TrainError(f"batch_size is {config.batch_size}; the train set has {count} images only")
 
     evaluated = -(-min(config.eval_batch_size, max(512, len(given.test.labels))) // devices)
     images, targets = (jax.ShapeDtypeStruct((evaluated, *array.shape[1:]), array.dtype) for array in given.train)
@@ -114,6 +115,10 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
         variables = jax.eval_shape(lambda: programs.new_variables(model, jax.random.key(0), shape))
         if not jax.tree.leaves(variables.get("params")):
             raise TrainError(f"the network {name} has no parameters to train")
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
+        if 2 * size > memory():  # with its gradient
+            raise TrainError(f"the network {name} has {size / 2**30:.3g} GiB of parameters, and this machine "
+                             f"{memory() / 2**30:.0f} GiB of memory; give it fewer channels")
         unknown = sorted(variables.keys() - {"params", "batch_stats"})
         if unknown:
             raise TrainError(f"the network {name} has variables {unknown[0]!r}; only params and batch_stats are kept")
@@ -149,14 +154,14 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
         totals = jax.eval_shape(lambda *arrays: programs.tallies(config, *arrays), outputs, targets, counted)
         programs.numbers(config, jax.tree.map(lambda a: np.ones(a.shape, a.dtype), totals))
     with _trying("learning_rate"):
-        _rates(config, size // config.batch_size)
+        _rates(config, count // config.batch_size)
     with _trying("optimizer"):
         optimiser = programs.make_optimiser(config, 1)
         if not isinstance(optimiser, optax.GradientTransformation):
             raise TrainError(f"optimizer gives {optimiser!r:.100}; expected an optax transformation, as optax.adam does")
     with _trying("a step of training"):
         state = jax.eval_shape(lambda variables: programs.state_of(config, variables), variables)
-        step = programs.step_function(config, model, size // config.batch_size, devices)
+        step = programs.step_function(config, model, count // config.batch_size, devices)
         rows = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
         split = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in given.train]
         new, _ = jax.eval_shape(programs.mapped(step, "jit", mesh), state, *split, rows)

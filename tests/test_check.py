@@ -44,6 +44,13 @@ class Stateful(nn.Module):
         return nn.Dense(3)(x.reshape(len(x), -1))
 
 
+class Wide(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(10**9)(x.reshape(len(x), -1))
+        return nn.Dense(3)(nn.Dense(10**9)(x))
+
+
 class Text(nn.Module):
     @nn.compact
     def __call__(self, x, train):
@@ -59,6 +66,7 @@ class Text(nn.Module):
         ({"network": Volume()}, "the network Volume on images .* fails: "),
         ({"network": Image2()}, r"gives float32\[10, 4, 4, 3\] for images .*; expected float logits \[10, 3\]"),
         ({"network": Text()}, "the network Text on images .* fails: TypeError"),
+        ({"network": Wide()}, "the network Wide has 3.73e.09 GiB of parameters, and this machine .* give it fewer channels"),
         ({"network": Stateful()}, "has variables 'cache'; only params and batch_stats are kept"),
         ({"network": Net(num_classes=4)}, "the network has 4 classes, patterns has 3"),
         ({"augment": lambda key, x: x[:, 1:]}, r"augment gives float32\[16, 3, 4, 1\] for images float32\[16, 4, 4, 1\]"),
