@@ -10,6 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 
 import jax
@@ -37,9 +38,9 @@ from experiments.workdir import (
     writing,
 )
 
-RESULT = {"test_loss": float, "test_error": (float, None), "validation_error": (float, None), "images": {"test": int},
+RESULT = {"test_loss": Real, "test_error": (Real, None), "validation_error": (Real, None), "images": {"test": int},
           "dataset": str, "dataset_note": str, "parameters": int, "figures": [str],
-          "equivariance_error": ({str: float}, None)}
+          "equivariance_error": ({str: Real}, None)}
 """What is read of a result again."""
 
 

@@ -10,13 +10,13 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import numbers
 import os
 import platform
 import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import TypeVar
 
@@ -187,7 +187,7 @@ def _difference(stored, wanted) -> str:
 # Metrics
 
 
-LINE = {"epoch": int, "train_loss": float, "learning_rate": float, "seconds": float, str: numbers.Real}
+LINE = {"epoch": int, "train_loss": float, "learning_rate": float, "seconds": float, str: Real}
 
 
 def read_history(workdir: Path, done: int, writes: bool) -> list[dict]:
