@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 
 FAILED = 2
+LONGEST = 1000  # characters of a line: what was given, and is told again, may be long
 
 
 class Refused(Exception):
@@ -47,7 +48,8 @@ def say(text: str):
 
 def _line(error: Exception) -> str:
     if isinstance(error, Refused):
-        return str(error)
+        return "\n".join(line if len(line) <= LONGEST else f"{line[:LONGEST // 2]} … {line[-LONGEST // 4:]}"
+                         for line in str(error).splitlines())
     words = (str(error).strip() or "no more is known").splitlines()[0][:400]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {os.fsdecode(error.filename)[:200]}" if error.filename else "")

@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 
 from experiments import programs
 from experiments.config import Config, ConfigError
-from experiments.datasets import SPLITS, Dataset, Split, stream
+from experiments.datasets import SPLITS, Dataset, Split, hold_out, stream
+from experiments.datasets.pictures import memory
+from experiments.losses import ERROR
 from experiments.workdir import TrainError
 
 
@@ -67,6 +69,28 @@ def _split(given, name):
     return Split(floats, labels.astype(np.int32, copy=False))
 
 
+def moments(config: Config, images) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of the train images, [channels], by which all are normalised."""
+    with _trying("moments"):
+        mean, deviation = (np.broadcast_to(np.float32(part), images.shape[-1:]) for part in config.moments(images))
+    if not (np.isfinite(mean).all() and np.isfinite(deviation).all() and (deviation > 1e-6 * np.abs(mean)).all()):
+        raise TrainError(f"moments gives the mean {mean} and the deviation {deviation} of channels; expected finite numbers "
+                         "and deviations above 0: leave out a channel that is the same everywhere, or set moments")
+    return mean, deviation
+
+
+def made(function, validation: int) -> Dataset:
+    """The data set that a function gives, with so many examples held out."""
+    with _trying("the function dataset"):
+        given = function()
+    if not isinstance(given, Dataset):
+        raise TrainError(f"the function dataset gives {given!r:.100}; expected a datasets.Dataset")
+    for name in SPLITS:
+        if not isinstance(found := getattr(given, name), Split):
+            raise TrainError(f"the function dataset gives the {name} set {found!r:.100}; expected a datasets.Split")
+    return hold_out(given, validation)
+
+
 def run(config: Config, model, given: Dataset, mesh: Mesh):
     """Traces all that will be computed, on shapes; nothing is compiled."""
     network, devices, streamed = config.network, mesh.size, isinstance(given.train.images, stream.Images)
@@ -76,14 +100,14 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
     if streamed and config.scan is True:
         raise TrainError(f"{given.name} is streamed, and scan=True needs all of it on the devices; leave scan out, or set "
                          "stream=False")
-    size, shape, name = len(given.train.labels), given.train.images.shape[1:], type(network).__name__
+    count, shape, name = len(given.train.labels), given.train.images.shape[1:], type(network).__name__
     if given.num_classes and getattr(network, "num_classes", given.num_classes) != given.num_classes:
         raise TrainError(f"the network has {network.num_classes} classes, {given.name} has {given.num_classes}; give it as "
                          f"many, in a config or with --set network.num_classes={given.num_classes}")
     if config.batch_size % devices:
         raise TrainError(f"batch_size is {config.batch_size}; it must be a multiple of the {devices} devices")
-    if config.batch_size > size:
-        raise TrainError(f"batch_size is {config.batch_size}; the train set has {size} images only")
+    if config.batch_size > count:
+        raise TrainError(f"batch_size is {config.batch_size}; the train set has {count} images only")
 
     evaluated = -(-min(config.eval_batch_size, max(512, len(given.test.labels))) // devices)
     images, targets = (jax.ShapeDtypeStruct((evaluated, *array.shape[1:]), array.dtype) for array in given.train)
@@ -91,6 +115,10 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
         variables = jax.eval_shape(lambda: programs.new_variables(model, jax.random.key(0), shape))
         if not jax.tree.leaves(variables.get("params")):
             raise TrainError(f"the network {name} has no parameters to train")
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
+        if 2 * size > memory():  # with its gradient
+            raise TrainError(f"the network {name} has {size / 2**30:.3g} GiB of parameters, and this machine "
+                             f"{memory() / 2**30:.0f} GiB of memory; give it fewer channels")
         unknown = sorted(variables.keys() - {"params", "batch_stats"})
         if unknown:
             raise TrainError(f"the network {name} has variables {unknown[0]!r}; only params and batch_stats are kept")
@@ -117,19 +145,23 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
         losses = jax.eval_shape(config.loss, outputs, targets)
         if getattr(losses, "shape", None) != images.shape[:1] or not jnp.issubdtype(losses.dtype, jnp.floating):
             raise TrainError(f"loss gives {_kind(losses)}; expected a float for each example, {list(images.shape[:1])}")
+    if wrong := [name for name in config.metrics if not (isinstance(name, str) and name.isidentifier()) or name == "loss"]:
+        raise TrainError(f"metrics has the name {wrong[0]!r}; expected words such as mean_iou, and not loss, which is told too")
+    if config.metrics.get("error", ERROR) != ERROR:
+        raise TrainError("the metric error is the share that is predicted wrong, losses.ERROR; give another one another name")
     with _trying("metrics"):
         counted = jax.ShapeDtypeStruct(images.shape[:1], bool)
         totals = jax.eval_shape(lambda *arrays: programs.tallies(config, *arrays), outputs, targets, counted)
         programs.numbers(config, jax.tree.map(lambda a: np.ones(a.shape, a.dtype), totals))
     with _trying("learning_rate"):
-        _rates(config, size // config.batch_size)
+        _rates(config, count // config.batch_size)
     with _trying("optimizer"):
         optimiser = programs.make_optimiser(config, 1)
         if not isinstance(optimiser, optax.GradientTransformation):
             raise TrainError(f"optimizer gives {optimiser!r:.100}; expected an optax transformation, as optax.adam does")
     with _trying("a step of training"):
         state = jax.eval_shape(lambda variables: programs.state_of(config, variables), variables)
-        step = programs.step_function(config, model, size // config.batch_size, devices)
+        step = programs.step_function(config, model, count // config.batch_size, devices)
         rows = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
         split = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in given.train]
         new, _ = jax.eval_shape(programs.mapped(step, "jit", mesh), state, *split, rows)

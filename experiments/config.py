@@ -197,7 +197,7 @@ def _override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set cannot give {key}, which is a Python object; write a config file that sets it")
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return key, value
 
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 import pdo_jax as pdo
 from experiments import boundary, config, datasets, main, saved, train, workdir
 from experiments.baselines import MnistRotCNN
-from experiments.measures import full_turn, logits_at_angles, relative
+from experiments.measures import fitted_slope, full_turn, logits_at_angles, relative
 from pdo_jax import fields, groups, kernels, operators, steerable, stencils
 
 EPOCHS = 4
@@ -325,11 +325,6 @@ def fields_turned(path: Path):
             axes.set(xticks=[], yticks=[], title=f"{45 * column}°" if row == 0 else None)
         axes_row[0].set_ylabel(label)
     figure.savefig(path, dpi=80)
-
-
-def fitted_slope(h: Sequence[float], errors: Sequence[float]) -> float:
-    """The exponent p of errors ~ h^p, by least squares."""
-    return float(np.polyfit(np.log(h), np.log(errors), 1)[0])
 
 
 def command(arguments: Sequence[str] | None = None):

@@ -43,7 +43,7 @@ def curves(history: Sequence[dict]) -> Figure:
     return figure
 
 
-def confusion_matrix(counts: np.ndarray) -> Figure:
+def confusion_matrix(counts: np.ndarray, classes: Sequence[str] | None = None) -> Figure:
     """Counts [class, predicted class] of the test set; the colour shows the share of the class, mistakes only."""
     figure = Figure(figsize=(6, 5.6), layout="constrained")
     axes = figure.subplots()
@@ -52,8 +52,11 @@ def confusion_matrix(counts: np.ndarray) -> Figure:
     figure.colorbar(picture, label="of the class, %", shrink=0.8)
     if len(counts) <= 20:
         for (row, column), count in np.ndenumerate(counts):
-            axes.text(column, row, str(count), ha="center", va="center", fontsize=7)
-        axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
+            dark = 2 * mistakes[row, column] > mistakes.max()
+            axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color="white" if dark else "black")
+        names = classes or [str(k) for k in range(len(counts))]
+        axes.set_xticks(range(len(counts)), names, rotation=90 * (max(map(len, names)) > 3))
+        axes.set_yticks(range(len(counts)), names)
     wrong = counts.sum() - np.trace(counts)
     axes.set(xlabel="predicted class", ylabel="class", title=f"{wrong} of {counts.sum()} test images wrong")
     return figure

@@ -142,7 +142,7 @@ def report(result: Mapping | None, workdir: Path):
         print(f"stopped before the time was over; the same command goes on from the last checkpoint in {workdir}/")
         return
     print(f"data: {result['dataset']} ({result['dataset_note']}); {result['parameters']} parameters")
-    if "test_error" in result:
+    if result.get("test_error") is not None:
         print(f"test error: {result['test_error']:.2%} of {result['images']['test']} images, after the last epoch")
     else:
         print(f"{scores(result)} of {result['images']['test']} examples, after the last epoch")
@@ -199,7 +199,8 @@ def told(result: Mapping):
 
 
 def scores(result: Mapping) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result.items() if name.startswith("test_"))
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result.items()
+                     if name.startswith("test_") and isinstance(value, int | float))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -37,6 +37,11 @@ def relative(y: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(y - expected) / np.sqrt(np.sum(np.square(expected)) + 1e-300))
 
 
+def fitted_slope(x, y) -> float:
+    """The exponent p of y ~ x^p, by least squares."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
 def equivariance_error(model, variables, images) -> dict[str, float] | None:
     """For a network of a group: how far its logits move, relatively, when each group element turns the images; or how far an
     output field is from the turned one."""

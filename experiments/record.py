@@ -20,11 +20,14 @@ from jax.experimental import multihost_utils
 from experiments import datasets
 from experiments.config import Config, closure, describe
 from experiments.datasets import stream
-from experiments.workdir import TrainError, is_number, read_json, versions
+from experiments.workdir import TrainError, read_json, versions
 from pdo_jax import architecture
 
 NOTED = {"config.data_dir", "config.parallel", "config.stream", "versions.python", "versions.orbax-checkpoint"}
 """What is told, but leaves a run the same: the data are compared themselves, and the ways to run an epoch agree."""
+SAVED = {"record": {"config": dict, "network": (dict, str), "code": dict, "data": dict}, "forced": [str],
+         "input": {"shape": [int], "mean": [float], "deviation": [float], "range": [float], "own": bool}}
+"""What is read of config.json."""
 
 
 def of(config: Config, data: datasets.Dataset, source: Mapping | None = None) -> dict:
@@ -103,18 +106,10 @@ def resume(workdir: Path, here: Mapping, force: bool) -> list[str]:
 
 def read_config(workdir: Path) -> dict:
     """What config.json says of a run: its record, its input, what was forced."""
-    saved = read_json(workdir / "config.json", {"record": dict, "input": dict, "forced": list})
-    kinds = {"config": dict, "network": (dict, str), "code": dict, "data": dict}
-    inputs = {"shape": list, "mean": list, "deviation": list, "range": list, "own": bool}
-    for part, expected in (("record", kinds), ("input", inputs)):
-        wrong = [key for key, kind in expected.items() if not isinstance(saved[part].get(key), kind)]
-        if wrong:
-            raise TrainError(f"{workdir / 'config.json'} is damaged, or of another version: its {part} has no {wrong[0]!r} as "
-                             "expected; put a whole one in its place, or choose another run")
-    shape, (mean, deviation, range_) = saved["input"]["shape"], (saved["input"][key] for key in ("mean", "deviation", "range"))
-    sizes = len(shape) > 1 and all(type(size) is int and 0 < size < 1 << 20 for size in shape)
-    numbers = all(is_number(value) for value in [*mean, *deviation, *range_])
-    if not (sizes and numbers and len(mean) == len(deviation) == shape[-1] and len(range_) == 2):
+    saved = read_json(workdir / "config.json", SAVED)
+    shape, mean, deviation, range_ = (saved["input"][key] for key in ("shape", "mean", "deviation", "range"))
+    sizes = len(shape) > 1 and all(0 < size < 1 << 20 for size in shape)
+    if not (sizes and len(mean) == len(deviation) == shape[-1] and len(range_) == 2):
         raise TrainError(f"{workdir / 'config.json'} is damaged: its input has no shape, mean, deviation, range of an image; "
                          "put a whole one in its place, or choose another run")
     return saved

@@ -10,15 +10,15 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import boundary, check, config, figures, measures, saved, train
+from experiments import boundary, config, figures, measures, saved, train
 from experiments.main import program
 from experiments.workdir import TrainError, read_history, read_json, write_text
 
@@ -30,7 +30,8 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; backgro
 section { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(22rem, 1fr); gap: 1.5rem; overflow-x: auto }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; border-bottom: 1px solid #ccc; margin-top: 2rem } h3 { font-size: 1rem }
 img { max-width: 100%; height: auto } pre { font-size: 12px; overflow-x: auto; background: #f6f6f6; padding: .6rem }
-table { border-collapse: collapse } th, td { text-align: left; padding: .25rem .9rem .25rem 0; vertical-align: top }
+table { border-collapse: collapse; display: block; overflow-x: auto }
+th, td { text-align: left; padding: .25rem .9rem .25rem 0; vertical-align: top }
 """
 
 
@@ -68,16 +69,14 @@ def look(path: Path, given: config.Config | None = None, data=None) -> Seen:
     """Asks a run for its test set; `data` stands in for one that was handed over."""
     run = saved.load(path, given)
     result = read_json(path / "result.json", train.RESULT)
-    if data is None and run.about["input"]["own"] and not callable(run.config.dataset):
-        raise TrainError(f"{path} was trained on arrays or on a function's; name its config file with --config")
-    data = check.data(data or train.load_data(run.config))
+    data = saved.data_of(run, path, data)
     images, labels = data.test
     if "test_error" not in result or labels.ndim > 1:
         raise TrainError(f"{path} is not about classes of images; its numbers are in {path / 'result.json'}")
-    logits = jax.jit(lambda x: jax.nn.softmax(run.model.outputs(run.variables, x, train=False).astype(np.float32)))
+    probabilities = run.probabilities()
     size = min(run.config.eval_batch_size, len(labels))
     batches = (np.asarray(images[start : start + size]) for start in range(0, len(labels), size))
-    parts = [np.asarray(logits(np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)]))) for x in batches]
+    parts = [np.asarray(probabilities(np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)]))) for x in batches]
     turned = measures.logits_at_angles(run.model, run.variables, images[:TURNED]) if images.ndim == 4 else None
     classes = [name.replace("$", r"\$") for name in saved.names(data.classes, parts[0][0])]  # no formulas in figures
     return Seen(path.name, result, read_history(path, run.epoch, writes=False), classes, images, labels,
@@ -89,12 +88,12 @@ def page(runs: Sequence[Seen]) -> str:
     """The whole file."""
     title = f"Report of {len(runs)} run{'s' * (len(runs) > 1)}"
     parts = [f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title>", f"<meta {CLOSED}>",
-             f"<style>{STYLE}</style><h1>{title}</h1>", _summary(runs)]
+             f"<meta name='viewport' content='width=device-width'><style>{STYLE}</style><h1>{title}</h1>", _summary(runs)]
     if turned := [run for run in runs if run.angles is not None]:
         parts += ["<h2>Accuracy over 360°</h2>", _picture(over_angles(turned), "accuracy against the angle")]
     for title, draw in {
         "Curves": lambda run: figures.curves(run.history),
-        "Confusion": lambda run: figures.confusion_matrix(_confusion(run)),
+        "Confusion": lambda run: figures.confusion_matrix(_confusion(run), run.classes),
         "Worst mistakes": mistakes,
         "Logits of one image over 360°": one_turned,
         "Stencils of the first layer": lambda run: None if run.kernels is None else figures.stencils(run.kernels),
@@ -130,7 +129,7 @@ def over_angles(runs: Sequence[Seen]) -> Figure:
     for run in runs:
         right = (run.angles.argmax(-1) == run.labels[: run.angles.shape[1]]).mean(1)
         axes.plot(np.linspace(0, 360, len(right)), 100 * right, marker=".", label=run.name)
-    return _angles(axes, f"correct of {TURNED} test images, %")
+    return _angles(axes, f"correct of at most {TURNED} test images, %")
 
 
 def one_turned(run: Seen) -> Figure | None:
@@ -189,7 +188,9 @@ def _picture(figure: Figure | None, words: str) -> str:
 
 
 def _data(value) -> str:
-    return f"<pre>{_text(json.dumps(value, indent=1, ensure_ascii=False))}</pre>"
+    lines = json.dumps(value, indent=1, ensure_ascii=False)
+    matrix = r"\[(?:[^][{}\"]|\[[^][{}\"]*\])*\]"  # numbers, or lists of them: in one line
+    return f"<pre>{_text(re.sub(matrix, lambda numbers: ' '.join(numbers[0].split()), lines))}</pre>"
 
 
 def _text(value) -> str:

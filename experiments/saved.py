@@ -37,6 +37,10 @@ class Run(NamedTuple):
         """Of an image."""
         return tuple(self.about["input"]["shape"])
 
+    def probabilities(self):
+        """A compiled function of images that gives those of the classes."""
+        return jax.jit(lambda x: jax.nn.softmax(self.model.outputs(self.variables, x, train=False).astype(np.float32)))
+
 
 def evaluate(path: str | Path, config: Config | None = None, data: datasets.Dataset | None = None) -> dict:
     """The test error of a run, after its last epoch or after that of a checkpoint, see `load`; or of one of PRETRAINED.
@@ -46,14 +50,18 @@ def evaluate(path: str | Path, config: Config | None = None, data: datasets.Data
     if str(path) in networks.PRETRAINED and not Path(path).exists():
         return evaluate_pretrained(str(path))
     run = load(path, config)
+    return {"epoch": run.epoch, **test_error(run.config, run.model, run.variables, data_of(run, path, data))}
+
+
+def data_of(run: Run, path: str | Path, data: datasets.Dataset | None = None) -> datasets.Dataset:
+    """The data set of a run, or the one that is handed over, if its test set is that of the run."""
     if data is None and run.about["input"]["own"] and not callable(run.config.dataset):
         raise TrainError(f"{path} was trained on arrays that were handed over or made by a function, not on a data set with a "
                          "name; name the config file with --config, or hand them over: saved.evaluate(run, data=...)")
     data = check.data(data or train.load_data(run.config))
-    there, here = run.about["record"]["data"], record.data_of(data)
-    if there.get("test") != here["test"]:
+    if run.about["record"]["data"].get("test") != record.data_of(data)["test"]:
         raise TrainError(f"the test set of {data.name} here is not that of the run {path}; bring back the data of the run")
-    return {"epoch": run.epoch, **test_error(run.config, run.model, run.variables, data)}
+    return data
 
 
 def evaluate_pretrained(name: str) -> dict:
@@ -110,21 +118,21 @@ def predict(path: str | Path, files: Iterable[str | Path], config: Config | None
     if low < 0 or high > 1:
         raise TrainError(f"{path} was trained on numbers from {low:g} to {high:g}, and a picture has 0 to 1; ask it in Python, "
                          "with saved.load")
-    logits = jax.jit(lambda x: jax.nn.softmax(run.model.outputs(run.variables, x, train=False).astype(np.float32)))
-    _, *classes = jax.eval_shape(logits, jax.ShapeDtypeStruct((1, *run.shape), np.float32)).shape
+    probabilities = run.probabilities()
+    _, *classes = jax.eval_shape(probabilities, jax.ShapeDtypeStruct((1, *run.shape), np.float32)).shape
     if len(classes) != 1:
         raise TrainError(f"{path} gives {classes} numbers for a picture, and no class; ask it in Python, with saved.load")
-    return names(run.about["input"].get("classes"), np.empty(classes)), _predictions(logits, run.shape, files, batch)
+    return names(run.about["input"].get("classes"), np.empty(classes)), _predictions(probabilities, run.shape, files, batch)
 
 
-def _predictions(logits, shape, files, batch):
+def _predictions(probabilities, shape, files, batch):
     paths = (inside for file in files for inside in pictures.files(Path(file)))
     while some := list(itertools.islice(paths, batch)):
         read = pictures.try_each(some, lambda path: pictures.read(path, shape))
         whole = [pixels for pixels in read if not isinstance(pixels, DataError)]
         padded = np.zeros((1 if len(some) == 1 else batch, *shape), np.float32)  # two sizes, so that two programs serve all
         padded[: len(whole)] = whole if whole else 0
-        found = iter(np.asarray(logits(padded))) if whole else iter(())
+        found = iter(np.asarray(probabilities(padded))) if whole else iter(())
         yield from ((path, pixels if isinstance(pixels, DataError) else next(found))
                     for path, pixels in zip(some, read, strict=True))
 
@@ -149,9 +157,10 @@ def load(path: str | Path, config: Config | None = None) -> Run:
     except Exception as error:
         raise TrainError(f"the network of {workdir} cannot be built: {type(error).__name__}: {str(error)[:300]}") from error
     epochs = saved_epochs(workdir)
-    epoch = int(path.name) if path.parent.name == "checkpoints" and path.name.isdigit() else max(epochs, default=0)
-    if epoch not in epochs:
-        raise TrainError(f"{workdir} has no checkpoint {epoch or ''}; it has those of the epochs {epochs}")
+    epoch = path.name if path.parent.name == "checkpoints" else str(max(epochs, default=""))
+    if epoch not in map(str, epochs):
+        raise TrainError(f"{workdir} has no checkpoint {epoch}; it has those of the epochs {epochs}")
+    epoch = int(epoch)
     here = SingleDeviceSharding(jax.local_devices()[0])
     wanted = {"average": variables} if config.ema else variables
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), wanted)

@@ -10,6 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 
 import jax
@@ -37,8 +38,10 @@ from experiments.workdir import (
     writing,
 )
 
-RESULT = {"test_loss": float, "dataset": str, "dataset_note": str, "images": dict, "parameters": int,
-          "figures": list}  # what is read of a result again
+RESULT = {"test_loss": Real, "test_error": (Real, None), "validation_error": (Real, None), "images": {"test": int},
+          "dataset": str, "dataset_note": str, "parameters": int, "figures": [str],
+          "equivariance_error": ({str: Real}, None)}
+"""What is read of a result again."""
 
 
 def train(
@@ -62,7 +65,7 @@ def train(
         own = data is not None or callable(config.dataset)
         data = check.data(data or load_data(config))
         values = stream.sample(data.train.images)
-        model = programs.make_model(config, *config.moments(values))
+        model = programs.make_model(config, *check.moments(config, values))
         known = record.of(config, data, source)
         record.agree(known)
         forced, around = record.resume(workdir, known, force), surroundings()
@@ -157,12 +160,9 @@ def time_for_more(began: float, minutes: float, history: Sequence[Mapping], comp
 
 def load_data(config: Config) -> datasets.Dataset:
     try:
-        if not callable(config.dataset):
-            options = dict(validation=config.validation, data_dir=config.data_dir, image_size=config.image_size,
-                           streamed=config.stream)
-            return datasets.load(config.dataset, **options)
-        if isinstance(given := config.dataset(), datasets.Dataset):
-            return datasets.hold_out(given, config.validation)
-        raise TrainError(f"the function dataset gives {given!r:.100}; expected a datasets.Dataset")
+        if callable(config.dataset):
+            return check.made(config.dataset, config.validation)
+        return datasets.load(config.dataset, validation=config.validation, data_dir=config.data_dir,
+                             image_size=config.image_size, streamed=config.stream)
     except ValueError as error:
         raise TrainError(str(error)) from error

@@ -12,11 +12,13 @@ import json
 import math
 import os
 import platform
+import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -41,7 +43,9 @@ def opened(workdir: Path, writes: bool = True) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            held = [path.name for path in workdir.iterdir() if path.suffix != ".partial" and path.name != ".lock"]
+            inside = list(workdir.iterdir())
+            _plain(inside, links=not writes)
+            held = [path.name for path in inside if path.suffix != ".partial" and path.name != ".lock"]
             if held and "config.json" not in held:
                 names = ", ".join(sorted(held)[:3])
                 raise TrainError(f"{workdir} holds files that belong to no run, such as {names}; choose another --workdir")
@@ -50,6 +54,14 @@ def opened(workdir: Path, writes: bool = True) -> Iterator[None]:
         except OSError as error:
             raise TrainError(f"cannot write to the folder {workdir}: {error.strerror}; choose another --workdir") from error
         yield
+
+
+def _plain(paths, links=True):
+    """Refuses pipes and devices, which may be read without end, and links, through which another file would be written."""
+    for path in paths:
+        if path.is_symlink() and not links or not (path.is_file() or path.is_dir() or path.is_symlink()):
+            kind = "link" if path.is_symlink() else "pipe or device"
+            raise TrainError(f"{path} is a {kind}; put the file itself in its place")
 
 
 def _lock(workdir, stack):
@@ -105,7 +117,8 @@ def save(manager: ocp.CheckpointManager, epoch: int, state):
 def saved_epochs(workdir: Path) -> list[int]:
     """The epochs with a whole checkpoint; one that was being written has a longer name."""
     folder = workdir / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch("[1-9][0-9]{,9}", name))
 
 
 def restore(workdir: Path, epoch: int, parts: T) -> T:
@@ -117,9 +130,10 @@ def restore(workdir: Path, epoch: int, parts: T) -> T:
     folder = workdir / "checkpoints" / str(epoch)
     advice = "If it is damaged, move that folder away; the run then goes on from the checkpoint before it."
     named = parts if isinstance(parts, dict) else parts._asdict()
+    _plain(folder.rglob("*"))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            about = read_json(folder / "about" / "metadata", {"epoch": int, "sha256": dict})
+            about = read_json(folder / "about" / "metadata", {"epoch": int, "sha256": {str: str}})
             stored = _shapes({name: part for name, part in checkpointer.metadata(folder / "state").item_metadata.tree.items()
                               if name in named})
             difference = _difference(stored, _shapes(named))
@@ -173,7 +187,7 @@ def _difference(stored, wanted) -> str:
 # Metrics
 
 
-LINE = {"epoch": int, "train_loss": float, "learning_rate": float, "seconds": float}
+LINE = {"epoch": int, "train_loss": float, "learning_rate": float, "seconds": float, str: Real}
 
 
 def read_history(workdir: Path, done: int, writes: bool) -> list[dict]:
@@ -183,6 +197,7 @@ def read_history(workdir: Path, done: int, writes: bool) -> list[dict]:
     """
     path = workdir / "metrics.jsonl"
     try:
+        _plain([path] * path.exists())
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     except (OSError, ValueError) as error:
         raise TrainError(f"cannot read {path}: {error}") from error
@@ -204,10 +219,9 @@ def read_history(workdir: Path, done: int, writes: bool) -> list[dict]:
 def _line(text, epoch, path):
     try:
         line = json.loads(text)
-        wrong = [key for key, kind in LINE.items() if not is_number(line[key], kind)]
-        if not wrong and line["epoch"] == epoch:
+        if not _wrong(line, LINE) and line["epoch"] == epoch:
             return line
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError):
         pass
     raise TrainError(f"line {epoch} of {path} is damaged: {text[:100]!r}; put the file back, or choose another --workdir")
 
@@ -254,18 +268,36 @@ class Board:
 # Files
 
 
-def read_json(path: Path, kinds: Mapping[str, Any]) -> dict:
-    """The object in a JSON file; an error unless it has the keys of `kinds`, with values of these types."""
+def read_json(path: Path, kind: Mapping) -> dict:
+    """The object in a JSON file; an error unless it is of this kind: {key: kind of its value}, [kind of its items], a type, or
+    a tuple of kinds. A number is finite, a key that is missing has the value None, and the key `str` stands for all others.
+    """
+    _plain([path] * path.exists())
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)[:200]
         raise TrainError(f"cannot read {path}: {reason}; put a whole one in its place, or choose another run") from error
-    wrong = [key for key, kind in kinds.items() if not isinstance(value, dict) or not isinstance(value.get(key), kind)]
-    if wrong:
-        raise TrainError(f"{path} is damaged, or of another version: it has no {wrong[0]!r} as expected; put a whole one "
-                         "in its place, or choose another run")
+    if wrong := _wrong(value, kind):
+        raise TrainError(f"{path} is damaged, or of another version: it has no {wrong} as expected; put a whole one in its "
+                         "place, or choose another run")
     return value
+
+
+def _wrong(value, kind, name: str = "object") -> str:
+    """The name of the first part that is not of its kind; empty if all are."""
+    match kind:
+        case dict():
+            given = value if isinstance(value, dict) else {}
+            rest = {key: kind[str] for key in given if key not in kind} if str in kind else {}
+            found = [_wrong(given.get(key), each, repr(key)) for key, each in (kind | rest).items() if key is not str]
+            return next(filter(None, found), "") if isinstance(value, dict) else name
+        case [each] if isinstance(kind, list):
+            return name if not isinstance(value, list) or any(_wrong(item, each) for item in value) else ""
+        case tuple():
+            return name if all(_wrong(value, each, name) for each in kind) else ""
+    fits = is_number(value, kind) if kind in (int, float) else value is kind or kind and isinstance(value, kind)
+    return "" if fits else name
 
 
 def write_json(path: Path, value):

@@ -285,30 +285,32 @@ _SCALAR = type(jnp.float32)  # of jax.numpy's scalar types, which are no subclas
 
 
 def _compare(there, here, path) -> Iterator[str]:
-    if there == here:
-        return
-    tags = [next(iter(data), None) if isinstance(data, Mapping) else type(data) for data in (there, here)]
-    if tags[0] == tags[1] == "module" and there["module"] == here["module"]:
-        names = there["fields"] | here["fields"]
-        for name in names:
-            sides = [data["fields"].get(name, {"default": name}) for data in (there, here)]
-            yield from _compare(*sides, f"{path}.{name}".lstrip("."))
-    elif tags[0] == tags[1] == "tuple" and len(there["tuple"]) == len(here["tuple"]):
-        for k, sides in enumerate(zip(there["tuple"], here["tuple"], strict=True)):
-            yield from _compare(*sides, f"{path}[{k}]")
-    elif not (tags[0] == tags[1] in ("group", "representation") and _close(there, here)):
-        shown = [_show(data) for data in (there, here)]
-        more = ", with other matrices" if shown[0] == shown[1] else ""
-        yield f"{path or 'network'}: {shown[0]} there, {shown[1]} here{more}"
+    match there, here:
+        case _ if there == here:
+            return
+        case {"module": name, "fields": dict(ours)}, {"module": other, "fields": dict(theirs)} if name == other:
+            for key in ours | theirs:
+                default = {"default": key}
+                yield from _compare(ours.get(key, default), theirs.get(key, default), f"{path}.{key}".lstrip("."))
+        case {"tuple": list(ours)}, {"tuple": list(theirs)} if len(ours) == len(theirs):
+            for k, sides in enumerate(zip(ours, theirs, strict=True)):
+                yield from _compare(*sides, f"{path}[{k}]")
+        case ({"group": _}, {"group": _}) | ({"representation": _}, {"representation": _}) if _close(there, here):
+            return
+        case _:
+            shown = [_show(data) for data in (there, here)]
+            more = ", with other matrices" if shown[0] == shown[1] else ""
+            yield f"{path or 'network'}: {shown[0]} there, {shown[1]} here{more}"
 
 
 def _close(there, here):
-    keys = [key for key in ("elements", "of", "images", "matrices") if key in there and key in here]
-    if there.keys() != here.keys():
+    if there.keys() != here.keys() or "of" in there and not _close(there["of"], here["of"]):
         return False
-    if "of" in keys and not _close(there["of"], here["of"]):
+    try:
+        numbers = [[np.asarray(data[key], float) for data in (there, here)] for key in ("elements", "images", "matrices")
+                   if key in there]
+    except (TypeError, ValueError):  # damaged
         return False
-    numbers = [[np.asarray(data[key]) for data in (there, here)] for key in keys if key != "of"]
     return all(a.shape == b.shape and np.allclose(a, b, atol=1e-9) for a, b in numbers)
 
 

@@ -13,6 +13,7 @@ import pytest
 from small_runs import ROOT
 
 from experiments import boundary, equivariance, main, reproduce, together, train  # noqa: F401 — before another user asks
+from experiments.benchmark import feed
 from experiments.boundary import Refused
 from experiments.config import load
 from experiments.datasets import DataError, store
@@ -43,6 +44,11 @@ from experiments.workdir import TrainError
         ("--distributed --coordinator a:1 --num-processes 2 --process-id 0 --timeout -1", "--timeout is -1.0"),
         ("--config none", "no config file none"),
         ("--config exits.py", "does not run: SystemExit: 3"),
+        (f"--set seed={'-' * 5000}1", "seed is '-"),
+        (f"--set batch_size={'x' * 5000}", "batch_size is 'xxx.* … x.*; it must be int"),
+        ("--set dataset=folder:~nobody-here/x", "there is no home folder for ~nobody-here/x"),
+        ("--set dataset=npz:~nobody-here/x", "there is no home folder for ~nobody-here/x"),
+        ("--set data_dir=~nobody-here --set dataset=cifar10", "there is no home folder for ~nobody-here"),
     ],
 )
 def test_options_that_mean_nothing_together_are_refused(arguments, message, tmp_path, monkeypatch, capsys):
@@ -50,7 +56,14 @@ def test_options_that_mean_nothing_together_are_refused(arguments, message, tmp_
     (tmp_path / "exits.py").write_text("import sys; sys.exit(3)")
     assert main.main(arguments.split()) == 2
     error = capsys.readouterr().err
-    assert re.search(message, error) and error.startswith("error: ") and "Traceback" not in error
+    assert re.search(message, error) and error.startswith("error: ") and "Traceback" not in error and len(error) < 1200
+
+
+def test_what_a_stream_costs_is_measured_on_enough_pictures(monkeypatch, capsys):
+    for arguments in ("--steps 1", "--batch 0", "--images -1", "--images 100 --batch 50"):
+        monkeypatch.setattr(sys, "argv", ["feed", *arguments.split()])
+        assert feed.main() == 2
+        assert capsys.readouterr().err.startswith("error: give at least 2 --steps, a --batch of 1")
 
 
 def test_a_config_file_needs_no_ending(tmp_path):

@@ -9,7 +9,7 @@ import optax
 import pytest
 from small_runs import Net, make_config, make_data
 
-from experiments import check, saved, train
+from experiments import check, losses, saved, train
 from experiments.config import ConfigError, make, piecewise, warmup_cosine
 from experiments.datasets import SPLITS, Split
 from experiments.workdir import TrainError
@@ -44,6 +44,13 @@ class Stateful(nn.Module):
         return nn.Dense(3)(x.reshape(len(x), -1))
 
 
+class Wide(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(10**9)(x.reshape(len(x), -1))
+        return nn.Dense(3)(nn.Dense(10**9)(x))
+
+
 class Text(nn.Module):
     @nn.compact
     def __call__(self, x, train):
@@ -59,6 +66,7 @@ class Text(nn.Module):
         ({"network": Volume()}, "the network Volume on images .* fails: "),
         ({"network": Image2()}, r"gives float32\[10, 4, 4, 3\] for images .*; expected float logits \[10, 3\]"),
         ({"network": Text()}, "the network Text on images .* fails: TypeError"),
+        ({"network": Wide()}, "the network Wide has 3.73e.09 GiB of parameters, and this machine .* give it fewer channels"),
         ({"network": Stateful()}, "has variables 'cache'; only params and batch_stats are kept"),
         ({"network": Net(num_classes=4)}, "the network has 4 classes, patterns has 3"),
         ({"augment": lambda key, x: x[:, 1:]}, r"augment gives float32\[16, 3, 4, 1\] for images float32\[16, 4, 4, 1\]"),
@@ -81,6 +89,14 @@ class Text(nn.Module):
         ({"learning_rate": partial(piecewise, {})}, "piecewise takes"),
         ({"learning_rate": partial(warmup_cosine, 0.1, 5, 3)}, "a warm-up of more than 0 epochs and less than all, got 5 of 3"),
         ({"batch_size": 71}, "batch_size is 71; the train set has 70 images only"),
+        ({"moments": lambda images: 3}, "moments fails: TypeError"),
+        ({"moments": lambda images: ("a", "b")}, "moments fails: ValueError"),
+        ({"moments": lambda images: (0.5, np.ones(2))}, "moments fails: ValueError"),
+        ({"moments": lambda images: (np.nan, 1)}, "moments gives the mean .nan. .* expected finite numbers"),
+        ({"moments": lambda images: (0.5, 0)}, "deviation .0.. of channels; .*leave out a channel that is the same everywhere"),
+        ({"metrics": {"loss": losses.ERROR}}, "metrics has the name 'loss'; expected words such as mean_iou"),
+        ({"metrics": {1: losses.ERROR}}, "metrics has the name 1; expected"),
+        ({"metrics": {"error": losses.averaged(losses.cross_entropy)}}, "the metric error is the share that is"),
     ],
 )
 def test_what_would_fail_later_fails_before_compute_and_leaves_no_run(tmp_path, changes, message):
@@ -109,12 +125,27 @@ GOOD = make_data().train
         ({"test": split(GOOD.images[:0], GOOD.labels[:0])}, "the test set of patterns is empty"),
         ({"test": split(GOOD.images[:, 1:], GOOD.labels)}, "several shapes"),
         ({"train": split([["x"]], [0])}, "expected .n, .space, channels"),
+        ({"train": split(0 * GOOD.images, GOOD.labels)}, "deviation .0.. of channels; .*a channel that is the same everywhere"),
         ({"num_classes": 0}, "num_classes 0; expected a whole number of at least 1"),
     ],
 )
 def test_data_that_cannot_be_trained_on_are_named(tmp_path, changes, message):
     with pytest.raises(TrainError, match=message):
         train.train(make_config(), tmp_path / "run", make_data()._replace(**changes))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda: 1 / 0, "the function dataset fails: ZeroDivisionError"),
+        (lambda name: name, "the function dataset fails: TypeError"),
+        (lambda: None, "the function dataset gives None; expected a datasets.Dataset"),
+        (lambda: make_data()._replace(test=None), "the function dataset gives the test set None; expected a data.*Split"),
+    ],
+)
+def test_a_function_that_gives_no_data_is_named(tmp_path, function, message):
+    with pytest.raises(TrainError, match=message):
+        train.train(make_config(dataset=function), tmp_path / "run")
 
 
 def test_bytes_are_trained_on_and_predicted_in_one_range(tmp_path):

@@ -1,6 +1,8 @@
 """A run folder is data: what it is a run of, what is damaged in it, and that no file of it is executed."""
 
+import functools
 import json
+import operator
 import os
 import re
 import shutil
@@ -165,14 +167,16 @@ def test_a_prepared_data_set_that_names_a_class_imports_nothing(tmp_path, monkey
     (tmp_path / "evil.py").write_text("raise SystemExit('executed')")
     folder = tmp_path / "cifar10" / "1.0.0"
     folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text('{"name": "cifar10", "version": "1.0.0", "fileFormat": "array_record"}')
     for features in (
         {"pythonClassName": "evil.Feature"},
         {"type": "evil.Feature", "content": {}},
         {"a": [{"pythonClassName": "evil.F"}]},
     ):
         (folder / "features.json").write_text(json.dumps(features))
-        with pytest.raises(DataError, match="is damaged .features.json names evil.F.*delete that folder"):
-            store.load("cifar10", data_dir=tmp_path)
+        for name, advice in (("cifar10", "; delete that folder"), ("tfds:cifar10", "")):
+            with pytest.raises(DataError, match=f"features.json names 'evil.F.*is no feature of tensorflow-datasets.*{advice}"):
+                store.load(name, data_dir=tmp_path)
 
 
 # Damaged folders
@@ -182,14 +186,40 @@ DAMAGE = {
     "config.json": [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"record": 3}', b"[" * 100_000,
                     b'{"record": {}, "input": {}, "forced": []}'],
     "result.json": [b"", b"[]", b"{}", b'{"test_error": "x"}', b"\xff"],
-    "metrics.jsonl": [b"\n\n", b"{}\n{}\n", b"[]\n[]\n", b"\xff\n", b'{"epoch": 2}\n' * 2],
+    "metrics.jsonl": [b"\n\n", b"{}\n{}\n", b"[]\n[]\n", b"\xff\n", b'{"epoch": 2}\n' * 2, b"[" * 100_000 + b"\n\n"],
 }  # fmt: skip
+CHANGED = [  # one value of a whole file, by its path
+    ("config.json", "input/shape/0", -1),
+    ("config.json", "input/shape/0", True),
+    ("config.json", "input/shape", ["4", 4, 1]),
+    ("config.json", "input/deviation/0", float("nan")),
+    ("config.json", "record/network", None),
+    ("config.json", "record/data", "x"),
+    ("config.json", "forced", [3]),
+    ("result.json", "test_error", "x"),
+    ("result.json", "images", {}),
+    ("result.json", "figures", [3]),
+    ("result.json", "parameters", 1.5),
+    ("result.json", "equivariance_error", {"turn 90": "x"}),
+]
 
 
 @pytest.mark.parametrize(
     ("name", "content"), [(name, content) for name in DAMAGE for content in DAMAGE[name]], ids=lambda value: str(value)[:20]
 )
 def test_damaged_files_are_named(run, name, content):
+    damaged(run, name, content)
+
+
+@pytest.mark.parametrize(("name", "place", "value"), CHANGED, ids=str)
+def test_wrong_values_are_named(run, name, place, value):
+    content = json.loads((run / name).read_text())
+    *parents, last = [int(part) if part.isdigit() else part for part in place.split("/")]
+    functools.reduce(operator.getitem, parents, content)[last] = value
+    damaged(run, name, json.dumps(content).encode())
+
+
+def damaged(run, name, content):
     if name != "result.json":
         (run / "result.json").unlink()
     (run / name).write_bytes(content)
@@ -199,6 +229,31 @@ def test_damaged_files_are_named(run, name, content):
     if name == "config.json":
         with pytest.raises(TrainError, match=re.escape(str(run / name))):
             saved.load(run)
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.jsonl", "checkpoints/2/about/metadata"])
+def test_pipes_are_not_waited_for(run, name):
+    if name != "result.json":
+        (run / "result.json").unlink()
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    with pytest.raises(TrainError, match=f"{re.escape(str(run / name))} is a pipe or device"):
+        begun_again(run)
+    if name in ("config.json", "checkpoints/2/about/metadata"):
+        with pytest.raises(TrainError, match="is a pipe or device"):
+            saved.load(run)
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "config.json", "checkpoints"])
+def test_nothing_is_written_through_a_link(run, name, tmp_path):
+    (run / "result.json").unlink()
+    (target := tmp_path / "target").write_text("mine")
+    there = run / name
+    there.rename(tmp_path / "aside")
+    there.symlink_to(target)
+    with pytest.raises(TrainError, match=f"{re.escape(str(there))} is a link; put the file itself in its place"):
+        begun_again(run)
+    assert target.read_text() == "mine"
 
 
 def flip(path: Path, place: float = 0.5):
@@ -233,6 +288,37 @@ def test_a_checkpoint_of_another_network_says_what_is_missing_and_extra(run):
     with pytest.raises(TrainError, match=r"of another shape \(params/Dense_1/bias \[3\] there, \[5\] here, ") as caught:
         saved.load(run)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "007", "9" * 50, "-1", "9.orbax-checkpoint-tmp-0"])
+def test_other_folders_among_checkpoints_are_none(run, name):
+    (run / "checkpoints" / name).mkdir()
+    assert workdir.saved_epochs(run) == [1, 2]
+    assert saved.load(run).epoch == 2
+    with pytest.raises(TrainError, match=f"has no checkpoint {re.escape(name)}; it has those of the epochs .1, 2.$"):
+        saved.load(run / "checkpoints" / name)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"module": "small_runs.Net", "fields": "x"},
+        {"module": "small_runs.Net", "fields": {"dropout": {"module": "small_runs.Net", "fields": 3}}},
+        {"module": "small_runs.Net", "fields": {"dropout": {"partial": {"function": "os.system"}, "arguments": ["id"],
+                                                            "keywords": {"dict": []}}}},
+        {"module": ["small_runs.Net"], "fields": {}},
+        {"group": 3, "elements": "x"},
+    ],
+    ids=str,
+)
+def test_a_network_that_is_none_is_told_from_the_one_that_is_given(run, network):
+    (run / "result.json").unlink()
+    about = json.loads((run / "config.json").read_text())
+    about["record"]["network"] = network
+    (run / "config.json").write_text(json.dumps(about))
+    for refused in (lambda: begun_again(run), lambda: saved.load(run, make_config(epochs=2)), lambda: saved.load(run)):
+        with pytest.raises(TrainError, match="network|built|Net|fields"):
+            refused()
 
 
 def test_lost_checkpoints_do_not_erase_history(run):

@@ -39,6 +39,7 @@ def served():
 
 def opened(browser, address, **options):
     page = browser.new_page(**options)
+    page.set_default_timeout(120_000)  # milliseconds; two cores may be busy with other work
     page.on("pageerror", lambda error: print(f"error on the page: {error}"))
     page.goto(address)
     page.wait_for_function("document.body.dataset.around")

@@ -87,9 +87,12 @@ function draw(canvas, lines) {
   const y = (v) => height - ((v - low) / (high - low)) * height;
   context.clearRect(0, 0, width, height);
   context.fillStyle = context.strokeStyle = getComputedStyle(document.body).color;
+  context.font = "15px system-ui, sans-serif";
   context.globalAlpha = 0.3;
   for (let degrees = 0; degrees <= 360; degrees += 90) context.fillRect((degrees / 360) * (width - 1), 0, 1, height);
   context.fillRect(0, y(0), width, 1);
+  context.globalAlpha = 0.7;
+  for (let degrees = 0; degrees < 360; degrees += 90) context.fillText(`${degrees}°`, (degrees / 360) * width + 4, height - 5);
   context.globalAlpha = 1;
   for (let c = 0; c < CLASSES; c++) {
     context.strokeStyle = COLOURS[c];
@@ -98,7 +101,7 @@ function draw(canvas, lines) {
     lines.forEach((logits, k) => context.lineTo(((STEP * k) / 360) * width, y(logits[c])));
     context.stroke();
     context.fillStyle = COLOURS[c];
-    context.fillText(String(c), 4 + 12 * c, 10);
+    context.fillText(String(c), 5 + 17 * c, 16);
   }
 }
 

@@ -6,7 +6,6 @@ The program is the one that `train` runs, data parallel over all devices of the 
 Nothing is run: a time in these tables is the compiler's estimate, not a measurement.
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import math
@@ -20,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pdo_jax as pdo
@@ -73,8 +71,7 @@ def measure(settings: config.Config, images: Sequence[int], mesh: Mesh, steps: i
     began = time.perf_counter()
     lowered = lower(settings, images, mesh, steps)
     traced = time.perf_counter()
-    with _no_cache():
-        compiled = lowered.compile()
+    compiled = lowered.compile()
     seconds = time.perf_counter() - traced
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     estimate, without = estimated(cost["optimal_seconds"])
@@ -164,22 +161,6 @@ def markdown(rows: Sequence[dict]) -> str:
     table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
     compilers = "; ".join(sorted({row["compiler"] for row in rows}))
     return f"{table}\n\nFor one device and one step, nothing was run: times are the compiler's estimates ({compilers})."
-
-
-@contextlib.contextmanager
-def _no_cache():
-    """Without the persistent cache, so that compile times are those of compiling."""
-
-    def use(enabled):
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()  # else it goes on as at its first use
-
-    before = jax.config.jax_enable_compilation_cache
-    use(False)
-    try:
-        yield
-    finally:
-        use(before)
 
 
 def _libtpu_version() -> str:

@@ -17,9 +17,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from experiments import config, datasets, programs
+from experiments import boundary, config, datasets, programs
 from experiments.baselines import ResNetCNN
+from experiments.boundary import Refused
 from experiments.datasets import stream
+from experiments.main import program
 
 SIZE, DISTINCT, CLASSES = 224, 1000, 10
 
@@ -74,12 +76,19 @@ def reading(data: datasets.Dataset, batch: int):
     print(f"{steps * batch} images read in {seconds:.0f} s, {steps * batch / seconds:.0f} a second")
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser("python -m experiments.benchmark.feed", description=__doc__)
     parser.add_argument("--images", type=int, default=50_000, help="default: 50000")
     parser.add_argument("--steps", type=int, default=40, help="of training, half of them measured; default: 40")
     parser.add_argument("--batch", type=int, default=32, help="default: 32")
     options = parser.parse_args()
+    return boundary.guarded(lambda: measure(options))
+
+
+def measure(options: argparse.Namespace):
+    if options.steps < 2 or options.batch < 1 or options.images < 15 * max(options.batch, CLASSES):
+        raise Refused("give at least 2 --steps, a --batch of 1, and 15 times as many --images as a batch has, and as there are "
+                      "classes")
     with tempfile.TemporaryDirectory() as folder:
         draw(Path(folder), options.images)
         began = time.perf_counter()
@@ -94,4 +103,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main, "nothing was kept")

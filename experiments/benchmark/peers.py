@@ -17,6 +17,7 @@ import importlib
 import json
 import sys
 import time
+import types
 
 try:
     import torch
@@ -110,106 +111,55 @@ def forget_peak_memory():
 # Layers of each library, with one interface
 
 
-class Dense:
+def dense(order, bias=False):
     """Plain torch with as many channels as the fields of a group of `order` have."""
-
-    def __init__(self, order, bias=False):
-        self.order, self.bias = order, bias
-
-    def image(self, channels):
-        return channels
-
-    def vector(self):
-        return 2
-
-    def field(self, features):
-        return features * self.order
-
-    def conv(self, source, target, size, **options):
-        return torch.nn.Conv2d(source, target, size, bias=self.bias, **options)
-
-    def norm(self, field):
-        return torch.nn.BatchNorm2d(field)
-
-    def relu(self, field):
-        return torch.nn.ReLU(inplace=True)
-
-    def dropout(self, field, rate):
-        return torch.nn.Dropout(rate)
-
-    def max_pool(self, field):
-        return torch.nn.MaxPool2d(2)
-
-    def mean_pool(self, field):
-        return torch.nn.AvgPool2d(2)
-
-    def upsample(self, field):
-        return torch.nn.Upsample(scale_factor=2, mode="bilinear")
-
-    def join(self, x, y):
-        return torch.cat([x, y], 1)
-
-    def wrap(self, x, field):
-        return x
-
-    def unwrap(self, y):
-        return y
+    return types.SimpleNamespace(
+        image=lambda channels: channels,
+        vector=lambda: 2,
+        field=lambda features: features * order,
+        conv=lambda source, target, size, **options: torch.nn.Conv2d(source, target, size, bias=bias, **options),
+        norm=torch.nn.BatchNorm2d,
+        relu=lambda field: torch.nn.ReLU(inplace=True),
+        dropout=lambda field, rate: torch.nn.Dropout(rate),
+        max_pool=lambda field: torch.nn.MaxPool2d(2),
+        mean_pool=lambda field: torch.nn.AvgPool2d(2),
+        upsample=lambda field: torch.nn.Upsample(scale_factor=2, mode="bilinear"),
+        join=lambda x, y: torch.cat([x, y], 1),
+        wrap=lambda x, field: x,
+        unwrap=lambda y: y,
+    )
 
 
-class Regular:
+def regular(library, order, mirrored):
     """Regular fields of escnn, or of e2cnn, whose layers are differential operators up to order 4 (as PDO-eConv's on 5×5)."""
+    nn, gspaces = importlib.import_module(f"{library}.nn"), importlib.import_module(f"{library}.gspaces")
+    name, turns = ("flipRot2dOnR2", order // 2) if mirrored else ("rot2dOnR2", order)
+    space = getattr(gspaces, name if library == "escnn" else name[0].upper() + name[1:])(N=turns)
 
-    def __init__(self, library, order, mirrored):
-        self.nn, gspaces = importlib.import_module(f"{library}.nn"), importlib.import_module(f"{library}.gspaces")
-        name, turns = ("flipRot2dOnR2", order // 2) if mirrored else ("rot2dOnR2", order)
-        self.space = getattr(gspaces, name if library == "escnn" else name[0].upper() + name[1:])(N=turns)
-        self.layer = self.nn.R2Conv if library == "escnn" else self.differential
+    def conv(source, target, size, **options):
+        if library == "escnn":
+            return nn.R2Conv(source, target, size, bias=False, **options)
+        return nn.R2Diffop(source, target, size, maximum_order=min(size - 1, 4), bias=False, **options)
 
-    def image(self, channels):
-        return self.nn.FieldType(self.space, channels * [self.space.trivial_repr])
-
-    def vector(self):
-        return self.nn.FieldType(self.space, [self.space.irrep(1, 1)])
-
-    def field(self, features):
-        return self.nn.FieldType(self.space, features * [self.space.regular_repr])
-
-    def differential(self, source, target, size, **options):
-        return self.nn.R2Diffop(source, target, size, maximum_order=min(size - 1, 4), **options)
-
-    def conv(self, source, target, size, **options):
-        return self.layer(source, target, size, bias=False, **options)
-
-    def norm(self, field):
-        return self.nn.InnerBatchNorm(field)
-
-    def relu(self, field):
-        return self.nn.ReLU(field, inplace=True)
-
-    def dropout(self, field, rate):
-        return self.nn.PointwiseDropout(field, rate)
-
-    def max_pool(self, field):
-        return self.nn.PointwiseMaxPool(field, kernel_size=2)
-
-    def mean_pool(self, field):
-        return self.nn.PointwiseAvgPool(field, kernel_size=2)
-
-    def upsample(self, field):
-        return self.nn.R2Upsampling(field, scale_factor=2)
-
-    def join(self, x, y):
-        return self.nn.tensor_directsum([x, y])
-
-    def wrap(self, x, field):
-        return self.nn.GeometricTensor(x, field)
-
-    def unwrap(self, y):
-        return y.tensor
+    return types.SimpleNamespace(
+        image=lambda channels: nn.FieldType(space, channels * [space.trivial_repr]),
+        vector=lambda: nn.FieldType(space, [space.irrep(1, 1)]),
+        field=lambda features: nn.FieldType(space, features * [space.regular_repr]),
+        conv=conv,
+        norm=nn.InnerBatchNorm,
+        relu=lambda field: nn.ReLU(field, inplace=True),
+        dropout=nn.PointwiseDropout,
+        max_pool=lambda field: nn.PointwiseMaxPool(field, kernel_size=2),
+        mean_pool=lambda field: nn.PointwiseAvgPool(field, kernel_size=2),
+        upsample=lambda field: nn.R2Upsampling(field, scale_factor=2),
+        join=lambda x, y: nn.tensor_directsum([x, y]),
+        wrap=nn.GeometricTensor,
+        unwrap=lambda y: y.tensor,
+    )
 
 
 def kit(case):
-    return Dense(case["order"]) if case["peer"].startswith("torch") else Regular(case["peer"], case["order"], case["mirrored"])
+    return dense(case["order"]) if case["peer"].startswith("torch") else regular(case["peer"], case["order"], case["mirrored"])
 
 
 # The kinds of cases: each gives the module, a function for each mode, and a function that brings the inputs into a layout
@@ -272,7 +222,7 @@ def training_step(case):
 def inference(case):
     """A dense MnistRotNet whose batch norm is folded into its convolutions, for each size of batch."""
     dtype = getattr(torch, case["dtype"])
-    module, forward = mnist_rot_net(Dense(case["order"], bias=True), case, folded=True)
+    module, forward = mnist_rot_net(dense(case["order"], bias=True), case, folded=True)
     module.to(dtype).eval()
     images = {f"batch {n}": torch.randn(n, case["channels"], case["size"], case["size"], dtype=dtype) for n in case["batches"]}
 

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
+
+from experiments.measures import fitted_slope
 
 
 def milliseconds(row: Mapping) -> str:
@@ -121,11 +122,6 @@ def slopes(rows: Sequence[Mapping]) -> list[dict]:
         if len(line["seconds"]) > 1:
             line["slope"] = fitted_slope(list(line["seconds"]), list(line["seconds"].values()))
     return list(lines.values())
-
-
-def fitted_slope(orders: Sequence[float], seconds: Sequence[float]) -> float:
-    """The exponent p of seconds ~ order^p, by least squares."""
-    return float(np.polyfit(np.log(orders), np.log(seconds), 1)[0])
 
 
 def draw_growth(rows: Sequence[Mapping], path: Path):

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import pictures, stream
-from .sources import DataError
+from .sources import DataError, known_features, path_of
 
 FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 Splits = dict[str, tuple[np.ndarray | stream.Images, np.ndarray]]
@@ -61,7 +61,7 @@ def load(name: str, image_size: int | None, data_dir: str | None, streamed: bool
 
 
 def _folder(place, size, _, streamed):
-    root = Path(place).expanduser()
+    root = path_of(place)
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; give one that holds a folder of pictures for each class")
     parts = {split: found[0] for split, names in FOLDERS.items() if (found := [root / n for n in names if (root / n).is_dir()])}
@@ -97,7 +97,7 @@ def _inside(folder):
 
 
 def _npz(place, size, *_):
-    path = Path(place).expanduser()
+    path = path_of(place)
     if size:
         raise DataError("image_size is for folder: and tfds:; bring the arrays of an npz file to their size yourself")
     try:
@@ -124,7 +124,10 @@ def _tfds(place, size, data_dir, streamed):
     if not re.fullmatch(r"[a-z]\w*(/[\w.+-]+)?", name):
         raise DataError(f"{place!r} names no set of tensorflow-datasets; expected NAME, NAME/config or NAME/config:split")
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.utils.file_utils import list_data_dirs
 
+    for folder in list_data_dirs(data_dir):
+        known_features(Path(folder, name.partition("/")[0]))
     try:
         sources = tfds.data_source(name, data_dir=data_dir)
         features = next(iter(sources.values())).dataset_info.features

@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import http.client
+import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -30,6 +32,38 @@ class Source(NamedTuple):
     fetch: Callable[[str], bytes]
     pins: dict[str, str]
     parse: Callable[[dict[str, bytes]], Any]
+
+
+def path_of(text: str | Path) -> Path:
+    """A path that may begin with ~."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"there is no home folder for {text} ({error}); give a path without ~, or for the data sets that are "
+                        "kept, a folder with PDO_DATA_DIR") from error
+
+
+def known_features(folder: Path):
+    """Refuses data prepared for tensorflow-datasets that name a class, other than its own features, which it would import."""
+    for file in folder.rglob("features.json"):
+        try:
+            names = list(_classes(json.loads(file.read_text())))
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"{file} cannot be read ({str(error)[:200]})") from error
+        if wrong := [name for name in names if not re.fullmatch(r"tensorflow_datasets\.core\.features(\.\w+)+", name)]:
+            raise DataError(f"{file} names {wrong[0][:80]!r}, which is no feature of tensorflow-datasets")
+
+
+def _classes(features):
+    """The names of the classes that the reader would import and make."""
+    if isinstance(features, dict):
+        for key, value in features.items():
+            if key in ("type", "pythonClassName", "python_class_name") and isinstance(value, str):
+                yield value
+            yield from _classes(value)
+    elif isinstance(features, list):
+        for value in features:
+            yield from _classes(value)
 
 
 def host(url: str, pins: dict[str, str], parse) -> Source:

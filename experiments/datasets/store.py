@@ -5,7 +5,6 @@ import difflib
 import errno
 import fcntl
 import io
-import json
 import os
 import shutil
 import sys
@@ -16,12 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from . import own, shapes3d, stream
-from .sources import DataError
+from .sources import DataError, known_features, path_of
 
 SUBSET = Path(__file__).with_name("mnist_rot_subset.npz")
 PREPARING = ".preparing-"
-FEATURES = {f"tensorflow_datasets.core.features.{name}" for name in (
-    "features_dict.FeaturesDict", "tensor_feature.Tensor", "scalar.Scalar")}
 CLASSES = {
     "mnist_rot/subset": 10,
     "mnist_rot/official": 10,
@@ -96,10 +93,7 @@ def load(name: str, *, validation: int = 0, data_dir: str | os.PathLike | None =
     elif name.startswith("shapes3d"):
         splits, note = shapes3d.generate(turned=name == "shapes3d/turned")
     else:
-        try:
-            root = Path(data_dir or os.environ.get("PDO_DATA_DIR") or "~/.cache/pdo_jax").expanduser()
-        except RuntimeError as error:
-            raise DataError(f"there is no home folder to keep data in ({error}); choose a folder with PDO_DATA_DIR") from error
+        root = path_of(data_dir or os.environ.get("PDO_DATA_DIR") or "~/.cache/pdo_jax")
         splits, note = _read(_prepared("flow" if name.startswith("flow/") else name, root))
         if name.startswith("flow/"):
             pairs = int(name.partition("/")[2]) * len(splits["train"][0]) // 64
@@ -177,9 +171,7 @@ def _read(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], str]:
 
     splits = {}
     try:
-        features = json.loads((folder / "features.json").read_text())
-        if unknown := set(_classes(features)) - FEATURES:
-            raise ValueError(f"features.json names {sorted(map(str, unknown))[0]}, which no data set here has")
+        known_features(folder)
         builder = tfds.builder_from_directory(folder)
         for split in ("train", "test"):
             source = builder.as_data_source(split)
@@ -188,18 +180,6 @@ def _read(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], str]:
         return splits, builder.info.metadata["note"]
     except Exception as error:  # the reader's errors are of many kinds
         raise DataError(f"the data set in {folder} is damaged ({error}); delete that folder and try again") from error
-
-
-def _classes(features):
-    """The names of the classes that the reader would import and make."""
-    if isinstance(features, dict):
-        for key, value in features.items():
-            if key in ("type", "pythonClassName", "python_class_name"):
-                yield str(value)
-            yield from _classes(value)
-    elif isinstance(features, list):
-        for value in features:
-            yield from _classes(value)
 
 
 def _split(images: np.ndarray | stream.Images, labels: np.ndarray) -> Split:
