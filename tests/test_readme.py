@@ -47,8 +47,8 @@ def test_one_line_of_setup_cfg_gives_links_on_an_index_and_buttons_on_the_site(a
     for name in ("README.md", "setup.py", "pdo_jax/_version.py", "docs/conf.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    text = re.sub(r"(?m)^(# )?url = .*", f"url = {address}", (ROOT / "setup.cfg").read_text())
-    (tmp_path / "setup.cfg").write_text(text if address else text.replace("url = \n", ""))
+    text = re.sub(r"(?m)^url = .*\n", "", (ROOT / "setup.cfg").read_text())
+    (tmp_path / "setup.cfg").write_text(text.replace("[metadata]\n", f"[metadata]\nurl = {address}\n") if address else text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "")
     runpy.run_path("setup.py")
