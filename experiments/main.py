@@ -206,7 +206,7 @@ def scores(result: Mapping) -> str:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m experiments.main", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="a Python file that defines config = dict(...); default: quick.py")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", 
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="override a key of the config, or network.OPTION of its network")
     parser.add_argument("--workdir", type=Path, help="folder of the run, shared by all hosts; default: runs/<config>")
     parser.add_argument("--minutes", type=float, help="stop at the end of an epoch before so many minutes are over")

@@ -174,7 +174,8 @@ class PDOConv(Frozen):
 
     Attributes:
       features: number of output fields.
-      in_rep, out_rep: representations of one group.
+      in_rep: the representation of the input.
+      out_rep: that of the output, of the same group.
       order: highest order of the operators, by default kernel_size - 1, at most 2.
       use_bias: one bias for each output field, for an out_rep that permutes (trivial, regular, quotient).
       transpose: as for :class:`GroupConv`, of an operator from ``out_rep`` to ``in_rep``, which must be orthogonal.

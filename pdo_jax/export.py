@@ -121,7 +121,7 @@ def to_stablehlo(network: nn.Module, variables: Mapping[str, Any], shape: Sequen
     """A network at inference as the bytes of one file: a program of a batch of inputs, its variables baked in as constants.
 
     The bytes are those of ``jax.export``, which ``jax.export.deserialize`` reads too, and behind them a line of JSON with
-    versions (:func:`about`) and a checksum. Needs the package ``flatbuffers``, as ``jax.export`` does.
+    versions (:func:`about`) and a checksum. Needs the package ``flatbuffers`` (the extra ``export``), as ``jax.export`` does.
 
     Args:
       network, variables: folded by :func:`to_plain`, before, or now: then with ``lowering="auto"``, the fastest.
@@ -130,8 +130,13 @@ def to_stablehlo(network: nn.Module, variables: Mapping[str, Any], shape: Sequen
       platforms: what it shall run on, some of :data:`PLATFORMS`.
 
     Raises:
+      ImportError: flatbuffers is not installed.
       ValueError: as :func:`to_plain`; an unknown platform; batch None for a network that needs a number.
     """
+    try:
+        import flatbuffers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'to_stablehlo needs flatbuffers ({error}): pip install "pdo_jax[export]"') from error
     if isinstance(platforms, str) or not platforms or not set(platforms) <= set(PLATFORMS):
         raise ValueError(f"platforms must be some of {PLATFORMS}, got {platforms!r}")
     plain, variables = to_plain(network, variables, shape, dtype=dtype)

@@ -340,13 +340,17 @@ def test_onnx(name):
         assert_close(function(x[:batch]), infer(network, variables, x[:batch]))
 
 
-def test_errors_of_onnx(monkeypatch):
-    """What the converter lacks, a type that few runtimes have, and the package that is missing, with the remedy."""
+@pytest.mark.parametrize("function, package, extra", [(to_stablehlo, "flatbuffers", "export"), (to_onnx, "jax2onnx", "onnx")])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, function, package, extra):
     network, x, variables = trained("rock")
-    with monkeypatch.context() as without:
-        without.setitem(sys.modules, "jax2onnx", None)
-        with pytest.raises(ImportError, match=r'needs jax2onnx.*pip install "pdo_jax\[onnx\]"'):
-            to_onnx(network, variables, x.shape)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf'needs {package}.*pip install "pdo_jax\[{extra}\]"'):
+        function(network, variables, x.shape)
+
+
+def test_errors_of_onnx():
+    """What the converter lacks, and a type that few runtimes have, with the remedy."""
+    network, x, variables = trained("rock")
     pytest.importorskip("jax2onnx", reason="needs the extra onnx")
     with pytest.raises(ValueError, match="cannot convert Net for inputs .*to_stablehlo"):
         to_onnx(network, variables, x.shape)
