@@ -282,6 +282,7 @@ class Pretrained(NamedTuple):
 
 PRETRAINED: dict[str, Pretrained] = {
     "mnist_rot_best": Pretrained(21_142, 0.01138, "mnist_rot/regenerated", "MIT"),
+    "mnist_rot_paper": Pretrained(26_747, 0.02214, "mnist_rot/regenerated", "MIT"),
     "mnist_rot_augmented_small": Pretrained(62_050, 0.00924, "mnist_rot/regenerated", "MIT"),
     "mnist_rot_augmented": Pretrained(176_626, 0.00904, "mnist_rot/regenerated", "MIT"),
 }

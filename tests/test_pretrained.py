@@ -27,14 +27,15 @@ def test_a_trained_network_is_what_its_card_says(name):
 
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_a_trained_network_takes_digits_as_they_are_and_stands_still_under_quarter_turns(name):
-    """On embedded test digits, as floats in [0, 1]: few mistakes, and the same logits for turned ones,
-    and from the network folded into plain convolutions."""
+    """On embedded test digits, as floats in [0, 1]: few mistakes, the same logits for turned ones if its head is invariant, and
+    from the network folded into plain convolutions."""
     network, variables = load_pretrained(name)
     images, labels = (array[:100] for array in datasets.load("mnist_rot/subset").test)
     logits = jax.jit(lambda x: network.apply(variables, x))
     y = np.asarray(logits(images))
-    assert np.mean(y.argmax(-1) != labels) < 0.05
-    np.testing.assert_allclose(logits(np.rot90(images, axes=(1, 2))), y, atol=1e-4 * np.abs(y).max())
+    assert np.mean(y.argmax(-1) != labels) < 5 * PRETRAINED[name].test_error
+    if network.inner.head == "invariant":
+        np.testing.assert_allclose(logits(np.rot90(images, axes=(1, 2))), y, atol=1e-4 * np.abs(y).max())
     plain, folded = pdo.export.to_plain(network, variables, images.shape)
     np.testing.assert_allclose(jax.jit(plain.apply)(folded, images[:4]), y[:4], atol=1e-4 * np.abs(y).max())
 
