@@ -31,7 +31,7 @@ THIRD_PARTY = {  # what each floor may use; numpy alone where mathematics is don
     "lowering.matmul": {"numpy", "jax"}, "lowering.fourier": {"numpy", "jax"}, "lowering": {"numpy", "jax"},
     "conv": {"numpy", "jax", "flax"}, "layers": {"numpy", "jax", "flax"}, "nonlinearities": {"numpy", "jax", "flax"},
     "sampling": {"numpy", "jax"}, "mixing": {"numpy", "jax"},
-    "networks": {"numpy", "jax", "flax"}, "export": {"numpy", "jax", "flax", "jax2onnx", "onnx_ir"},
+    "networks": {"numpy", "jax", "flax"}, "export": {"numpy", "jax", "flax", "flatbuffers", "jax2onnx", "onnx_ir"},
     "architecture": {"numpy", "jax", "flax"}, "weights": {"numpy", "flax", "safetensors"}, "__init__": set(),
     "nnx.face": {"numpy", "jax", "flax"}, "nnx.layers": {"flax"}, "nnx.networks": {"flax"}, "nnx": set(),
 }

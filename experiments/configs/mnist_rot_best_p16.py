@@ -2,7 +2,8 @@
 
     python -m experiments.main --config experiments/configs/mnist_rot_best_p16.py
 
-Recorded: 1.11 % test error (1 seed, last epoch, regenerated data), in 1064 s on one CPU core.
+Recorded (3 seeds, last epoch, regenerated data): 1.10 ± 0.06 % test error, in 1064 s on one CPU core, up to 1855 s where other
+jobs shared it.
 """
 
 from flax import linen as nn
