@@ -7,8 +7,8 @@ test epoch. Here it is that of the last epoch. Seeds: --set seed=1. Where the of
 --set dataset=mnist_rot/official. bfloat16 is faster on a CPU with AMX, a TPU or a GPU: --set dtype=bfloat16.
 
 Recorded (3 seeds, last epoch, regenerated data): 2.18 ± 0.05 % test error in float32, 2.30 ± 0.10 % in bfloat16, in 165 and
-170 s on an H100 that six runs shared; with dtype=bfloat16 (2 seeds) 2.30 ± 0.13 % in 2796 and 3355 s on two CPU cores that other
-jobs shared. mnist_rot_60.py is the same in 60 epochs.
+170 s on an H100 that six runs shared; with dtype=bfloat16 (2 seeds) 2.30 ± 0.13 % in 2796 and 3355 s on two CPU cores that
+other jobs shared. mnist_rot_60.py is the same in 60 epochs.
 """
 
 from functools import partial
