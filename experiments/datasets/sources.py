@@ -45,7 +45,7 @@ def path_of(text: str | Path) -> Path:
 
 def known_features(folder: Path):
     """Refuses data prepared for tensorflow-datasets that name a class, other than its own features, which it would import."""
-    for file in folder.rglob("features.json"):
+    for file in Path(folder).rglob("features.json"):
         try:
             names = list(_classes(json.loads(file.read_text())))
         except (OSError, ValueError, RecursionError) as error:
