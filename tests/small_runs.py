@@ -79,7 +79,7 @@ def final_state(workdir: Path, config: Config):
 
 def write_config(path: Path, network: str, **others: str) -> Path:
     """A config file of a small network on 500 digits; the values are Python."""
-    values = {"dataset": "'mnist_rot/subset'", "validation": "2500", "eval_batch_size": "512"} | others
+    values = {"dataset": "'mnist_rot/subset'", "validation": "5500", "eval_batch_size": "512"} | others
     text = ", ".join(f"{key}={value}" for key, value in values.items())
     path.write_text(
         "from small_runs import Net, make_config, shift\n"
