@@ -94,12 +94,11 @@ def trials() -> dict[str, Trial]:
     found = {}
     for choice, others in CHOICES.items():
         for other, changes in others.items():
-            short = BEST | {"epochs": EPOCHS, "learning_rate": functools.partial(config.warmup_cosine, 1e-2, 2, EPOCHS)}
-            settings = config.make(short | {"validation": ALL - 3_000, **changes})
+            settings = config.make(BEST | {"epochs": EPOCHS, "validation": ALL - 3_000, **changes})
             found[": ".join(filter(None, (choice, other)))] = Trial("choices", (choice, other), settings)
     for digits, epochs in EPOCHS_OF.items():
         for name, changes in NETWORKS.items():
-            rate = functools.partial(config.warmup_cosine, 1e-2, epochs / 12, epochs)
+            rate = functools.partial(config.warmup_cosine, 1e-2, epochs / 12)
             short = {"epochs": epochs, "learning_rate": rate, "validation": ALL - digits, "batch_size": min(64, digits // 3)}
             found[f"{name}: {digits} digits"] = Trial("digits", (name, str(digits)), config.make(BEST | short | changes))
     return found

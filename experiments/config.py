@@ -66,7 +66,7 @@ class Config:
     optimizer: Callable = optax.adam
     """Called with the learning rate (an optax schedule), gives an optax transformation."""
     learning_rate: float | Callable = 1e-3
-    """A rate, or a function from the epoch, which has a fraction, to the rate; see `piecewise`, `warmup_cosine`."""
+    """A rate, or a function of the epoch, which has a fraction, and the number of epochs; see `piecewise`, `warmup_cosine`."""
     l2: float = 0.0
     """The loss gets l2/2 · ||w||², summed over every weight: all parameters named "kernel", no bias or batch norm."""
     label_smoothing: float = 0.0
@@ -96,8 +96,8 @@ _AT_LEAST = {"validation": 0, "image_size": 1, "epochs": 1, "batch_size": 1, "l2
 _BELOW = {"label_smoothing": 1.0, "ema": 1.0}
 
 
-def piecewise(rates: Mapping[float, float], epoch) -> jnp.ndarray:
-    """A constant rate from each epoch on: `piecewise({0: 1e-3, 100: 1e-4}, 99.5)` is 1e-3. The keys rise from 0."""
+def piecewise(rates: Mapping[float, float], epoch, epochs) -> jnp.ndarray:
+    """A constant rate from each epoch on: `piecewise({0: 1e-3, 100: 1e-4}, 99.5, 200)` is 1e-3. The keys rise from 0."""
     keys = list(rates)
     if not keys or keys[0] != 0 or keys != sorted(set(keys)):
         raise ConfigError(f"piecewise takes {{epoch: rate}} with rising epochs, the first of them 0, got {dict(rates)}")
@@ -105,10 +105,11 @@ def piecewise(rates: Mapping[float, float], epoch) -> jnp.ndarray:
     return values[jnp.searchsorted(starts, epoch, side="right") - 1]
 
 
-def warmup_cosine(peak: float, warmup: float, epochs: float, epoch) -> jnp.ndarray:
-    """Rises linearly from 0 to `peak` over `warmup` > 0 epochs, then falls to 0 at `epochs` as half a cosine."""
-    if not 0 < warmup < epochs:
-        raise ConfigError(f"warmup_cosine takes a warm-up of more than 0 epochs and less than all, got {warmup} of {epochs}")
+def warmup_cosine(peak: float, warmup: float, epoch, epochs: int) -> jnp.ndarray:
+    """Rises linearly from 0 to `peak` over `warmup` > 0 epochs, at most half of all, then falls to 0 as half a cosine."""
+    if not 0 < warmup < math.inf:
+        raise ConfigError(f"warmup_cosine takes a warm-up of more than 0 epochs, got {warmup}")
+    warmup = min(warmup, epochs / 2)
     fall = jnp.clip((epoch - warmup) / (epochs - warmup), 0, 1)
     return peak * jnp.minimum(epoch / warmup, (1 + jnp.cos(jnp.pi * fall)) / 2)
 

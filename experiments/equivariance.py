@@ -230,7 +230,7 @@ def trained(path: Path, runs: Path, images: int = 500) -> list[str]:
     test = datasets.load("mnist_rot/subset").test
     test, networks = datasets.Split(test.images[:images], test.labels[:images]), {}
     for number, (label, network) in enumerate(NETWORKS.items()):
-        schedule = partial(config.warmup_cosine, 1e-2, 1, EPOCHS)
+        schedule = partial(config.warmup_cosine, 1e-2, 1)
         setting = config.Config(network, validation=3200, epochs=EPOCHS, batch_size=64, learning_rate=schedule, l2=1e-4,
                                 scan=False, eval_batch_size=200)
         result = train.train(setting, runs / str(number))

@@ -341,7 +341,7 @@ def make_optimiser(config: Config, steps_per_epoch: int) -> optax.GradientTransf
 
 
 def rate(config: Config, epoch):
-    return jnp.asarray(config.learning_rate(epoch) if callable(config.learning_rate) else config.learning_rate)
+    return jnp.asarray(config.learning_rate(epoch, config.epochs) if callable(config.learning_rate) else config.learning_rate)
 
 
 def squared_weights(params) -> jax.Array:

@@ -40,7 +40,7 @@ def work(options: argparse.Namespace):
     data = datasets.load(recipe.dataset, validation=recipe.validation)
     mean, deviation = recipe.moments(data.train.images)
     steps = len(data.train.labels) // recipe.batch_size
-    rates = [float(recipe.learning_rate(step / steps)) for step in range(recipe.epochs * steps)]
+    rates = [float(recipe.learning_rate(step / steps, recipe.epochs)) for step in range(recipe.epochs * steps)]
     task = dict(seed=recipe.seed, batch=recipe.batch_size, epochs=recipe.epochs, l2=recipe.l2, ema=recipe.ema, rates=rates,
                 smoothing=recipe.label_smoothing, dropout=recipe.network.dropout, features=FEATURES, head=HEAD)
     held = data.validation if recipe.validation else data.test

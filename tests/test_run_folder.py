@@ -44,7 +44,7 @@ def changed_data(**splits):
 
 
 def make_rate(value):
-    return lambda epoch: value
+    return lambda epoch, epochs: value
 
 
 class Renamed(Net):
@@ -89,7 +89,7 @@ def test_other_code_devices_and_versions_are_refused_unless_forced(run, part, ke
 def test_the_code_of_a_config_is_its_file_and_what_that_names(tmp_path, monkeypatch):
     """An edited constant, lambda or base file counts; a comment or a docstring does not."""
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_base.py").write_text('"""Text."""\nimport my_deep\nRATE = 1\ndef rate(epoch):\n    return my_deep.X\n')
+    (tmp_path / "my_base.py").write_text('"""Text."""\nimport my_deep\nRATE = 1\ndef rate(at, of):\n    return my_deep.X\n')
     (tmp_path / "my_deep.py").write_text("X = 0.1\n")
     file = tmp_path / "c.py"
     file.write_text("from my_base import rate\nfrom small_runs import Net\nconfig = dict(network=Net(), learning_rate=rate)\n")
@@ -101,8 +101,8 @@ def test_the_code_of_a_config_is_its_file_and_what_that_names(tmp_path, monkeypa
         assert {"my_base", "my_deep", "small_runs"} | ours <= before.keys()
         assert not [name for name in before if name.partition(".")[0] in ("jax", "flax", "numpy", "json")]
         for edited, text, same in [
-            ("my_base", '"""Other text."""\nimport my_deep\nRATE = 1  # note\ndef rate(epoch):\n    return my_deep.X\n', True),
-            ("my_base", "import my_deep\nRATE = 2\ndef rate(epoch):\n    return my_deep.X\n", False),
+            ("my_base", '"""Other text."""\nimport my_deep\nRATE = 1  # note\ndef rate(at, of):\n    return my_deep.X\n', True),
+            ("my_base", "import my_deep\nRATE = 2\ndef rate(at, of):\n    return my_deep.X\n", False),
             ("my_deep", "X = 0.2\n", False),
             (
                 "c",

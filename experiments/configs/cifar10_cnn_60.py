@@ -16,16 +16,14 @@ from experiments.baselines import ResNetCNN
 from experiments.config import warmup_cosine
 from experiments.datasets import augment
 
-EPOCHS = 60
-
 config = dict(
     network=ResNetCNN(blocks=4),
     dataset="cifar10",
     augment=augment.shift_and_flip,
-    epochs=EPOCHS,
+    epochs=60,
     batch_size=256,
     optimizer=partial(optax.sgd, momentum=0.9, nesterov=True),
-    learning_rate=partial(warmup_cosine, 0.2, 5, EPOCHS),
+    learning_rate=partial(warmup_cosine, 0.2, 5),
     l2=5e-4,
     ema=0.998,
     dtype="bfloat16",

@@ -22,7 +22,7 @@ VECTOR = pdo.fields.standard(P4M)
 def trained_on(trajectories: int) -> dict:
     """So many trajectories, ten pairs each, in as many updates whatever their number: 800."""
     epochs = 640 // trajectories
-    rate = partial(warmup_cosine, 1e-2, epochs / 20, epochs)
+    rate = partial(warmup_cosine, 1e-2, epochs / 20)
     return dict(dataset=f"flow/{trajectories}", epochs=epochs, learning_rate=rate)
 
 

@@ -15,11 +15,9 @@ from experiments.config import warmup_cosine
 from experiments.configs.mnist_rot_best import config as base
 from experiments.datasets import augment
 
-EPOCHS = 60
-
 config = base | dict(
     network=pdo.networks.MnistRotNet(features=20, head_features=128),
     augment=partial(augment.rotate, finer=3),
-    epochs=EPOCHS,
-    learning_rate=partial(warmup_cosine, 1e-2, 2, EPOCHS),
+    epochs=60,
+    learning_rate=partial(warmup_cosine, 1e-2, 2),
 )

@@ -14,14 +14,12 @@ from functools import partial
 import pdo_jax as pdo
 from experiments.config import warmup_cosine
 
-EPOCHS = 40
-
 config = dict(
     network=pdo.networks.MnistRotNet(),
     dataset="mnist_rot/regenerated",
-    epochs=EPOCHS,
+    epochs=40,
     batch_size=64,
-    learning_rate=partial(warmup_cosine, 1e-2, 2, EPOCHS),
+    learning_rate=partial(warmup_cosine, 1e-2, 2),
     l2=1e-3,
     label_smoothing=0.1,
     ema=0.998,

@@ -14,15 +14,13 @@ from flax import linen as nn
 import pdo_jax as pdo
 from experiments.config import warmup_cosine
 
-EPOCHS = 5
-
 config = dict(
     network=pdo.networks.MnistRotNet(dropout=0.0, activation=nn.hard_silu),
     dataset="mnist_rot/subset",
     validation=200,
-    epochs=EPOCHS,
+    epochs=5,
     batch_size=64,
-    learning_rate=partial(warmup_cosine, 1e-2, 1, EPOCHS),
+    learning_rate=partial(warmup_cosine, 1e-2, 1),
     l2=1e-3,
     label_smoothing=0.1,
     ema=0.99,

@@ -13,14 +13,12 @@ import pdo_jax as pdo
 from experiments.config import warmup_cosine
 from experiments.volumes import VolumeNet
 
-EPOCHS = 5
-
 config = dict(
     network=VolumeNet(pdo.groups.octahedral(), widths=(4, 5, 5), head_features=12),
     dataset="shapes3d",
-    epochs=EPOCHS,
+    epochs=5,
     batch_size=32,
-    learning_rate=partial(warmup_cosine, 1e-2, 1, EPOCHS),
+    learning_rate=partial(warmup_cosine, 1e-2, 1),
     l2=1e-4,
     eval_batch_size=100,
 )
