@@ -50,13 +50,29 @@ def test_jax_turns_as_numpy_does():
     np.testing.assert_allclose(turned, rotation.rotate(images, angles), atol=2e-5)
 
 
+@pytest.mark.parametrize("function", [augment.rotate, functools.partial(augment.deform, linear=0, bend=0)])
 @pytest.mark.parametrize("quarters", [0, 1, 2])
-def test_quarter_turns_on_a_finer_grid_only_permute_pixels(quarters, monkeypatch):
+def test_quarter_turns_on_a_finer_grid_only_permute_pixels(quarters, function, monkeypatch):
     """A grid of three points per pixel and axis holds the pixels themselves, which cubic interpolation keeps."""
     images = RNG.random((3, 9, 9, 2), np.float32)
     monkeypatch.setattr(jax.random, "uniform", lambda key, shape, **_: jnp.full(shape, quarters * np.pi / 2))
-    turned = augment.rotate(jax.random.key(0), jnp.asarray(images), finer=3)
+    turned = function(jax.random.key(0), jnp.asarray(images), finer=3)
     np.testing.assert_allclose(turned, np.rot90(images, quarters, axes=(1, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize(("linear", "bend"), [(0.1, 0), (0, 0.5)])
+def test_deformations_are_as_large_as_they_say(linear, bend, monkeypatch):
+    """What a slope of one a pixel reads: off by `linear` times the distance from the centre, and by `bend` at its points."""
+    row, column = np.mgrid[:25, :25] - 12.0
+    slope = np.broadcast_to(row[None, ..., None].astype(np.float32), (2000, 25, 25, 1))
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape, **_: jnp.zeros(shape))
+    off = np.asarray(augment.deform(jax.random.key(0), jnp.asarray(slope), linear, bend))[..., 0] - row
+    assert abs(off.mean(0)[12, 12]) < 0.05
+    deviation = off.std(0)[5:20, 5:20]
+    if linear:
+        np.testing.assert_allclose(deviation, linear * np.hypot(row, column)[5:20, 5:20], rtol=0.1, atol=1e-4)
+    else:
+        assert 0.5 * bend < deviation.min() and 0.9 * bend < deviation.max() < 1.1 * bend
 
 
 def test_a_finer_grid_blurs_less():
@@ -72,7 +88,8 @@ def test_a_finer_grid_blurs_less():
     assert errors[1] < errors[0] / 2
 
 
-@pytest.mark.parametrize("function", [augment.rotate, functools.partial(augment.rotate, finer=2), augment.shift_and_flip])
+@pytest.mark.parametrize("function", [augment.rotate, functools.partial(augment.rotate, finer=2), augment.deform,
+                                      augment.shift_and_flip])
 def test_augmentation_depends_on_the_key_alone_and_differs_between_images(function):
     images = jnp.broadcast_to(RNG.random((1, 12, 12, 3), np.float32), (20, 12, 12, 3))
     once, again, other = (jax.jit(function)(jax.random.key(seed), images) for seed in (0, 0, 1))

@@ -25,6 +25,28 @@ def rotate(key: jax.Array, images: jax.Array, finer: int = 1) -> jax.Array:
     return rotation.rotate(images, angles, jnp, finer)
 
 
+def deform(key: jax.Array, images: jax.Array, linear: float = 0.1, bend: float = 0.5, finer: int = 1):
+    """Turns each image as `rotate` does, and deforms it: pixel p of the result is read at A R p + s(p), p from the centre.
+
+    R turns, A is the identity plus normal numbers of deviation `linear`, and s is cubic between 4×4 points, where it is normal,
+    of deviation `bend` pixels. Bilinear, zero outside, on a `finer` grid as in `rotate`.
+    """
+    n, height, width, channels = images.shape
+    turn_key, linear_key, bend_key = jax.random.split(key, 3)
+    angles = jax.random.uniform(turn_key, (n,), maxval=2 * jnp.pi)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    turns = jnp.stack([cos, sin, -sin, cos], -1).reshape(n, 2, 2)
+    matrices = (jnp.eye(2) + linear * jax.random.normal(linear_key, (n, 2, 2))) @ turns
+    centre = (np.array([height, width]) - 1) / 2
+    grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1) - centre
+    shifts = jax.image.resize(jax.random.normal(bend_key, (n, 4, 4, 2)), (n, height, width, 2), "cubic")
+    at = jnp.einsum("nij,xyj->nxyi", matrices, grid.astype(np.float32)) + centre.astype(np.float32) + bend * shifts
+    if finer > 1:
+        images = jax.image.resize(images, (n, finer * height, finer * width, channels), "cubic")
+        at = finer * at + (finer - 1) / 2
+    return rotation.read(images, at[..., 0], at[..., 1], jnp)
+
+
 def shift_and_flip(key: jax.Array, images: jax.Array, pad: int = 4) -> jax.Array:
     """Pads each image [n, H, W, C] with `pad` zeros a side, crops [H, W] at random, mirrors it with probability 1/2."""
     n, height, width, channels = images.shape

@@ -22,13 +22,17 @@ def rotate(images, angles, xp=np, finer=1):
     row = finer * (xp.arange(height // finer)[:, None] - (height // finer - 1) / 2)
     column = finer * (xp.arange(width // finer)[None, :] - (width // finer - 1) / 2)
     cos, sin = xp.cos(angles)[:, None, None], xp.sin(angles)[:, None, None]
-    source_row = cos * row + sin * column + (height - 1) / 2
-    source_column = cos * column - sin * row + (width - 1) / 2
+    return read(images, cos * row + sin * column + (height - 1) / 2, cos * column - sin * row + (width - 1) / 2, xp)
+
+
+def read(images, row, column, xp=np):
+    """Bilinear values at the positions `row`, `column` [n, h, w], in pixels from the first one; zero outside: [n, h, w, C]."""
+    n, height, width, channels = images.shape
 
     # A border of zeros, one pixel wide, stands for all that lies outside; coordinates below count from its corner.
     padded = xp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(n, -1, channels)
-    i, down = _cell(source_row, height, xp)
-    j, right = _cell(source_column, width, xp)
+    i, down = _cell(row, height, xp)
+    j, right = _cell(column, width, xp)
 
     def corner(di, dj):
         index = ((i + di) * (width + 2) + j + dj).reshape(n, -1, 1)

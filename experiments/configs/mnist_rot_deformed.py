@@ -1,0 +1,11 @@
+"""Rotated MNIST with rotations and small deformations in training: the network of mnist_rot_best_p16.py, 26 038 parameters.
+
+    python -m experiments.main --config experiments/configs/mnist_rot_deformed.py
+"""
+
+from functools import partial
+
+from experiments.configs.mnist_rot_best_p16 import config as base
+from experiments.datasets import augment
+
+config = base | dict(network=base["network"].clone(dropout=0.0), augment=partial(augment.deform, finer=3))
