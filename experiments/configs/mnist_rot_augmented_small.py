@@ -2,7 +2,8 @@
 
     python -m experiments.main --config experiments/configs/mnist_rot_augmented_small.py
 
-Recorded: 0.92 % test error (1 seed, last epoch, regenerated data), in 170 s on an H200 that other runs shared.
+Recorded: 0.93 ± 0.01 % test error (3 seeds, last epoch, regenerated data), in 170 s on an H200 that other runs shared and
+45 minutes on one CPU core.
 """
 
 import pdo_jax as pdo

@@ -1,6 +1,8 @@
 """Rotated MNIST with rotations and small deformations in training: the network of mnist_rot_best_p16.py, 26 038 parameters.
 
     python -m experiments.main --config experiments/configs/mnist_rot_deformed.py
+
+Recorded: 0.93 ± 0.01 % test error (2 seeds, last epoch, regenerated data), in 1000 s on one CPU core.
 """
 
 from functools import partial
