@@ -45,7 +45,7 @@ def environment(tmp_path_factory):
     for name, text in {
         "srun": TASKS.format(python=sys.executable, command="sys.argv[2:]"),
         "gcloud": TASKS.format(python=sys.executable, command="['bash', '-c', sys.argv[sys.argv.index('--command') + 1]]"),
-        "scontrol": "#!/bin/sh\necho 127.0.0.1\necho node2\n",
+        "scontrol": "#!/bin/sh\necho 127.0.0.1\nsleep 0.2\necho node2\n",  # who reads one line alone breaks its pipe
     }.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)

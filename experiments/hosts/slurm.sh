@@ -11,7 +11,8 @@
 set -euo pipefail
 config=$1 workdir=$2
 shift 2
-host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+host=${hosts%%$'\n'*}
 for attempt in 1 2 3; do
   export COORDINATOR=$host:$((61440 + (SLURM_JOB_ID + attempt) % 4096))
   # shellcheck disable=SC2016 — these are variables of each task
