@@ -25,7 +25,7 @@ def rotate(key: jax.Array, images: jax.Array, finer: int = 1) -> jax.Array:
     return rotation.rotate(images, angles, jnp, finer)
 
 
-def deform(key: jax.Array, images: jax.Array, linear: float = 0.1, bend: float = 0.5, finer: int = 1):
+def deform(key: jax.Array, images: jax.Array, linear: float = 0.1, bend: float = 0.5, finer: int = 1) -> jax.Array:
     """Turns each image as `rotate` does, and deforms it: pixel p of the result is read at A R p + s(p), p from the centre.
 
     R turns, A is the identity plus normal numbers of deviation `linear`, and s is cubic between 4×4 points, where it is normal,
