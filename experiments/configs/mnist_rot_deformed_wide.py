@@ -3,6 +3,8 @@
     python -m experiments.main --config experiments/configs/mnist_rot_deformed_wide.py
 
 As mnist_rot_deformed.py, for twice as many channels.
+
+Recorded: 0.88 and 0.91 % test error (2 seeds, last epoch, regenerated data), in 50 minutes on one CPU core without AMX.
 """
 
 from flax import linen as nn
