@@ -285,6 +285,7 @@ PRETRAINED: dict[str, Pretrained] = {
     "mnist_rot_paper": Pretrained(26_747, 0.02214, "mnist_rot/regenerated", "MIT"),
     "mnist_rot_augmented_small": Pretrained(62_050, 0.00924, "mnist_rot/regenerated", "MIT"),
     "mnist_rot_augmented": Pretrained(176_626, 0.00904, "mnist_rot/regenerated", "MIT"),
+    "mnist_rot_deformed_long": Pretrained(62_050, 0.00854, "mnist_rot/regenerated", "MIT"),
 }
 """The trained networks by name; see ``docs/models.md``."""
 

@@ -1,6 +1,8 @@
 """The network of mnist_rot_deformed_wide.py in 60 epochs, with half its rate and a fifth of its L2; 62 050 parameters.
 
     python -m experiments.main --config experiments/configs/mnist_rot_deformed_long.py
+
+Recorded: 0.85 % test error (1 seed, last epoch, regenerated data), in 70 minutes on one CPU core without AMX.
 """
 
 from functools import partial
