@@ -43,6 +43,7 @@ ROWS = {
     "mnist_rot_best": Row("mnist_rot_best", (), 5, "p12, order 2, Gaussian derivatives, SiLU, 40 epochs, bfloat16"),
     "mnist_rot_best_relu": Row("mnist_rot_best_relu", (), 1, "the same with ReLU, wider Gaussians, a weaker L2"),
     "mnist_rot_large": Row("mnist_rot_large", (), 3, "the same with 20 channels"),
+    "mnist_rot_wide": Row("mnist_rot_wide", (), 3, "12 channels, hard SiLU, half the rate, a weaker L2"),
     "mnist_rot_augmented": Row("mnist_rot_augmented", (), 3, "20 channels, rotations in training, 60 epochs"),
     "mnist_rot_augmented_small": Row("mnist_rot_augmented_small", (), 3, "the same with 12 channels"),
     "mnist_rot_deformed": Row("mnist_rot_deformed", (), 3, "p16 of six channels, rotations and small deformations in training"),
