@@ -1,9 +1,11 @@
-"""The network of mnist_rot_deformed_long.py without augmentation: twelve channels of p12, 62 050 parameters.
+"""Twelve channels of p12 on rotated MNIST, without augmentation: 62 050 parameters.
 
     python -m experiments.main --config experiments/configs/mnist_rot_wide.py
 
 As mnist_rot_best.py, with hard SiLU, and the rate and the L2 that were chosen on validation digits for this width with
 deformations.
+
+Recorded: 0.91 % test error (1 seed, last epoch, regenerated data), in 48 minutes on one CPU core without AMX.
 """
 
 from functools import partial
