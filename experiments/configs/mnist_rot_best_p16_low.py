@@ -1,6 +1,8 @@
 """mnist_rot_best_p16.py with half the rate and a fifth of the L2: 26 038 parameters.
 
     python -m experiments.main --config experiments/configs/mnist_rot_best_p16_low.py
+
+Recorded: 1.08 % test error (1 seed, last epoch, regenerated data), in 30 minutes on one CPU core without AMX.
 """
 
 from functools import partial
