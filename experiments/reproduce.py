@@ -50,7 +50,7 @@ ROWS = {
     "mnist_rot_deformed_wide": Row("mnist_rot_deformed_wide", (), 3, "the same with 12 channels of p12"),
     "mnist_rot_deformed_long": Row("mnist_rot_deformed_long", (), 3, "that in 60 epochs, half the rate, a weaker L2"),
     "mnist_rot_best_p16": Row("mnist_rot_best_p16", (), 5, "p16 and hard SiLU in the recipe of `mnist_rot_best`"),
-    "mnist_rot_best_p16_low": Row("mnist_rot_best_p16_low", (), 5, "the same with half the rate, a weaker L2"),
+    "mnist_rot_best_p16_low": Row("mnist_rot_best_p16_low", (), 1, "the same with half the rate, a weaker L2"),
     "mnist_rot_best_p4": Row("mnist_rot_best_p4", (), 3, "p4 in the recipe of `mnist_rot_best`"),
     "mnist_rot_best_cnn": Row("mnist_rot_best_cnn", (), 3, "plain CNN in the recipe of `mnist_rot_best`"),
     "mnist_rot_best_escnn": Row(None, (), 3, "escnn's C8 in that recipe, in float32, by `python -m experiments.rival`"),
