@@ -25,7 +25,7 @@ class MnistRotNet(Frozen):
     Attributes:
       num_classes: number of logits.
       group: a group of the plane.
-      features: channels of each layer.
+      features: channels of each layer, one number for all six or six numbers.
       head: "invariant" (a pointwise layer of ``head_features`` channels, mean over space, maximum over the group, linear: the
         logits do not change under the group's grid-preserving elements) or "paper" (linear over all points, channels and
         orientations, without bias; not invariant).
@@ -40,7 +40,7 @@ class MnistRotNet(Frozen):
 
     num_classes: int = 10
     group: groups.Group = groups.cyclic(12)
-    features: int = 6
+    features: int | Sequence[int] = 6
     head: str = "invariant"
     head_features: int = 96
     dropout: float = 0.2
@@ -57,11 +57,14 @@ class MnistRotNet(Frozen):
     def __call__(self, x: Array, train: bool = False) -> jax.Array:
         if self.head not in ("paper", "invariant"):
             raise ValueError(f'head must be "paper" or "invariant", got {self.head!r}')
+        widths = self.features if isinstance(self.features, Sequence) else (self.features,) * 6
+        if len(widths) != 6:
+            raise ValueError(f"features is one number of channels or six, one for each layer, got {self.features}")
         options = dict(group=self.group, lowering=self.lowering, dtype=self.dtype, scheme=self.scheme)
-        conv = dict(options, features=self.features, padding=1, basis=self.basis, frame=self.frame)
+        conv = dict(options, padding=1, basis=self.basis, frame=self.frame)
         x = x.astype(self.dtype)
-        for layer in range(1, 7):
-            x = (LiftingConv if layer == 1 else GroupConv)(**conv, name=f"conv{layer}")(x)
+        for layer, width in enumerate(widths, 1):
+            x = (LiftingConv if layer == 1 else GroupConv)(width, **conv, name=f"conv{layer}")(x)
             x = self.activation(layers.GroupBatchNorm(self.group, axis_name=self.axis_name, name=f"norm{layer}")(x, train))
             if layer == 2:
                 x = self.pool(x, self.group)

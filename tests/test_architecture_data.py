@@ -38,6 +38,7 @@ class Block(nn.Module):
 SHARED = nn.Dense(2)
 MODULES = {
     "mnist": networks.MnistRotNet(),
+    "mnist tapered": networks.MnistRotNet(features=(1, 2, 3, 1, 4, 2)),
     "mnist paper": networks.MnistRotNet(
         head="paper", scheme=functools.partial(stencils.gaussian_derivative, sigma=1.1), dtype=jnp.bfloat16, axis_name="data"
     ),

@@ -27,6 +27,15 @@ def test_parameters_of_the_mnist_network():
     invariant = PAPER["mnist_rot"](head="invariant", head_features=64)
     assert parameters(invariant, 1, 28, 28, 1) == 26_747 - 4 * 4 * 56 * 10 + pointwise + norm + linear
     assert parameters(MnistRotNet(), 1, 28, 28, 1) == 21_142
+    assert parameters(MnistRotNet(features=[6] * 6), 1, 28, 28, 1) == 21_142
+
+
+def test_parameters_of_a_tapered_network():
+    """Six widths are those of the six layers: operators × inputs × outputs × order (one orientation of an image), two norms."""
+    widths = (1, 2, 3, 1, 4, 2)
+    layers = 6 * (1 + 12 * sum(a * b for a, b in zip(widths, widths[1:], strict=False))) + 2 * sum(widths)
+    head = 2 * 12 * 5 + 2 * 5 + 5 * 10 + 10
+    assert parameters(MnistRotNet(features=widths, head_features=5), 1, 28, 28, 1) == layers + head
 
 
 @pytest.mark.parametrize("name, ten, hundred, paper", [
@@ -53,6 +62,7 @@ GAUSSIAN = functools.partial(stencils.gaussian_derivative, sigma=0.7)
 POOLED = functools.partial(ResNet, blocks=1, downsample="pool", invariant=True)
 INVARIANT = {
     "mnist": (MnistRotNet(), (28, 28), 1),
+    "mnist, tapered": (MnistRotNet(features=(1, 2, 3, 1, 4, 2), head_features=8), (28, 28), 1),
     "resnet, p8": (POOLED(group=groups.cyclic(8), widths=(2, 3, 4)), (8, 8), 3),
     "resnet, p6m": (POOLED(group=groups.dihedral(6), widths=(2, 3), kernel_size=3), (4, 6), 1),
     "resnet, volumes": (POOLED(group=CUBE, widths=(2, 2), kernel_size=3), (4, 4, 4), 1),
@@ -123,6 +133,7 @@ def test_bfloat16_logits_are_close():
     (MnistRotNet(head="flat"), "\"paper\" or \"invariant\", got 'flat'"),
     (ResNet(downsample="max"), "\"stride\" or \"pool\", got 'max'"),
     (MnistRotNet(group=CUBE), "3 axes of space"), (MnistRotNet(lowering="dens"), "lowering must be one of"),
+    (MnistRotNet(features=(1, 2)), r"one number of channels or six, one for each layer, got \(1, 2\)"),
     (MnistRotNet(basis="papper"), '"paper" or an int'), (MnistRotNet(dropout=1.5), r"\[0, 1\)"),
 ])
 def test_bad_settings_are_named(network, message):
