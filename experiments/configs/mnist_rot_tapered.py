@@ -3,6 +3,8 @@
     python -m experiments.main --config experiments/configs/mnist_rot_tapered.py
 
 The recipe of mnist_rot_wide.py; the late layers have few points, so that width is cheap there.
+
+Recorded: 0.84 % test error (1 seed, last epoch, regenerated data), in 80 minutes on one CPU core without AMX.
 """
 
 from experiments.configs.mnist_rot_wide import config as base
