@@ -51,7 +51,7 @@ ROWS = {
     "mnist_rot_deformed_wide": Row("mnist_rot_deformed_wide", (), 3, "the same with 12 channels of p12"),
     "mnist_rot_deformed_long": Row("mnist_rot_deformed_long", (), 3, "that in 60 epochs, half the rate, a weaker L2"),
     "mnist_rot_tapered_deformed": Row("mnist_rot_tapered_deformed", (), 3,
-                                      "the same with 10 channels at first and 40 at last"),
+                                      "that with the widths of `mnist_rot_tapered`, dropout 0.1"),
     "mnist_rot_best_p16": Row("mnist_rot_best_p16", (), 5, "p16 and hard SiLU in the recipe of `mnist_rot_best`"),
     "mnist_rot_best_p16_low": Row("mnist_rot_best_p16_low", (), 1, "the same with half the rate, a weaker L2"),
     "mnist_rot_best_p4": Row("mnist_rot_best_p4", (), 3, "p4 in the recipe of `mnist_rot_best`"),

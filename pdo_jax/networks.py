@@ -289,6 +289,7 @@ PRETRAINED: dict[str, Pretrained] = {
     "mnist_rot_augmented_small": Pretrained(62_050, 0.00924, "mnist_rot/regenerated", "MIT"),
     "mnist_rot_augmented": Pretrained(176_626, 0.00904, "mnist_rot/regenerated", "MIT"),
     "mnist_rot_deformed_long": Pretrained(62_050, 0.00854, "mnist_rot/regenerated", "MIT"),
+    "mnist_rot_tapered_deformed": Pretrained(259_946, 0.00826, "mnist_rot/regenerated", "MIT"),
 }
 """The trained networks by name; see ``docs/models.md``."""
 
