@@ -45,7 +45,7 @@ ROWS = {
     "mnist_rot_large": Row("mnist_rot_large", (), 3, "the same with 20 channels"),
     "mnist_rot_wide": Row("mnist_rot_wide", (), 3, "12 channels, hard SiLU, half the rate, a weaker L2"),
     "mnist_rot_tapered": Row("mnist_rot_tapered", (), 3, "the same with 10 channels at first and 40 at last"),
-    "mnist_rot_tapered_wide": Row("mnist_rot_tapered_wide", (), 3, "the same with 12 at first and 64 at last, dropout 0.3"),
+    "mnist_rot_tapered_wide": Row("mnist_rot_tapered_wide", (), 2, "the same with 12 at first and 64 at last, dropout 0.3"),
     "mnist_rot_augmented": Row("mnist_rot_augmented", (), 3, "20 channels, rotations in training, 60 epochs"),
     "mnist_rot_augmented_small": Row("mnist_rot_augmented_small", (), 3, "the same with 12 channels"),
     "mnist_rot_deformed": Row("mnist_rot_deformed", (), 3, "p16 of six channels, rotations and small deformations in training"),
