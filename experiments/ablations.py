@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import pdo_jax as pdo
-from experiments import baselines, boundary, config, programs, reproduce, train, workdir
+from experiments import baselines, boundary, check, config, programs, reproduce, workdir
 from experiments.boundary import Refused
 from experiments.config import Config
 from experiments.configs import mnist_rot_best_p16
@@ -106,7 +106,7 @@ def trials() -> dict[str, Trial]:
 
 def run(settings: Config) -> dict:
     """Trains without checkpoints, and evaluates the digits that were not trained on once, at the end."""
-    data = train.load_data(settings)
+    data = check.load(settings)
     model = programs.make_model(settings, *settings.moments(data.train.images))
     mesh = programs.all_devices()
     state = programs.place(mesh, programs.initial_state(settings, model, data.train.images.shape[1:]))

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from experiments import programs
+from experiments import datasets, programs
 from experiments.config import Config, ConfigError
 from experiments.datasets import SPLITS, Dataset, Split, hold_out, stream
 from experiments.datasets.pictures import memory
@@ -79,7 +79,18 @@ def moments(config: Config, images) -> tuple[np.ndarray, np.ndarray]:
     return mean, deviation
 
 
-def made(function, validation: int) -> Dataset:
+def load(config: Config) -> Dataset:
+    """The data set of a config."""
+    try:
+        if callable(config.dataset):
+            return _made(config.dataset, config.validation)
+        return datasets.load(config.dataset, validation=config.validation, data_dir=config.data_dir,
+                             image_size=config.image_size, streamed=config.stream)
+    except ValueError as error:
+        raise TrainError(str(error)) from error
+
+
+def _made(function, validation):
     """The data set that a function gives, with so many examples held out."""
     with _trying("the function dataset"):
         given = function()
@@ -165,6 +176,11 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
         rows = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
         split = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in given.train]
         new, _ = jax.eval_shape(programs.mapped(step, "jit", mesh), state, *split, rows)
+    if config.start is not None:
+        with _trying("start"):
+            first = programs.make_model(config.first, model.mean, model.deviation)
+            jax.eval_shape(lambda: programs.started_state(
+                config, model, images.shape[1:], programs.new_variables(first, jax.random.key(0), images.shape[1:])))
     with _trying("a step of training, in which network and optimiser must keep the shapes and types of their state,"):
         chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
 

@@ -76,6 +76,10 @@ class Config:
     part `ema` of itself, in the first updates less, (t + 1) / (t + 10) in the one with t before it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in; parameters, statistics and the loss stay in float32."""
+    start: Mapping | None = None
+    """The fields of another config, whose run goes first, on the data and with the seed of this one, in the folder `start` of
+    its workdir, unless a finished one is there. This one begins with its weights (the average, with `ema`), and their kernels
+    factored where this network has ranks: see `pdo_jax.kernels.factored`."""
     seed: int = 0
     """Seeds the initial weights, the order of the images, dropout and augmentation."""
     parallel: Literal["jit", "pmap"] = "jit"
@@ -88,6 +92,17 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if self.start is not None:
+            try:
+                self.first  # noqa: B018
+            except ConfigError as error:
+                raise ConfigError(f"start: {error}") from error
+
+    @property
+    def first(self) -> "Config":
+        """The config of the run that goes first."""
+        shared = ("dataset", "image_size", "stream", "data_dir", "validation", "moments", "seed")
+        return make({**self.start} | {name: getattr(self, name) for name in shared})
 
 
 _LARGEST = 2**32 - 1  # what a random key is made of, and more than any count

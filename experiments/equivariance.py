@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import pdo_jax as pdo
-from experiments import boundary, config, datasets, main, saved, train, workdir
+from experiments import boundary, check, config, datasets, main, saved, train, workdir
 from experiments.baselines import MnistRotCNN
 from experiments.measures import fitted_slope, full_turn, logits_at_angles, relative
 from pdo_jax import fields, groups, kernels, operators, steerable, stencils
@@ -244,7 +244,7 @@ def of_runs(path: Path, runs: Sequence[Path]) -> list[str]:
     networks = {}
     for run in runs:
         setting, model, variables, _, _ = saved.load(run)
-        split = train.load_data(setting).validation
+        split = check.load(setting).validation
         if not len(split.labels):
             raise workdir.TrainError(f"{run} has no validation digits; train with --set validation=2000")
         size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import pdo_jax as pdo
-from experiments import boundary, config, saved, train
+from experiments import boundary, check, config, saved
 from experiments.boundary import Refused
 from experiments.datasets import flow
 from experiments.main import program
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace):
     for file, folder in pairs:
         name = Path(file).stem
         one = saved.load(folder, config.load(file))
-        data = train.load_data(one.config)
+        data = check.load(one.config)
         network = jax.jit(lambda u, one=one: one.model.outputs(one.variables, u, train=False))
         true = trajectories(data.test)
         rolled[name], learned[name] = rollout(network, true[:, 0], flow.STEPS), stencil(network, data.test.images)

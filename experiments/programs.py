@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from experiments import datasets
 from experiments.config import Config
 from experiments.datasets import stream
 from experiments.workdir import TrainError
+from pdo_jax import kernels
 
 
 class State(NamedTuple):
@@ -318,6 +320,14 @@ def initial_state(config: Config, model: Model, image_shape) -> State:
 def new_state(config: Config, model: Model, image_shape) -> State:
     """`initial_state`, to trace: `jax.eval_shape` of it gives the shapes."""
     return state_of(config, new_variables(model, keys(config)[0], image_shape))
+
+
+def started_state(config: Config, model: Model, image_shape, variables: Mapping) -> State:
+    """The state before the first step of a run that begins with the variables of another, factored where its network is."""
+    new = jax.eval_shape(lambda: new_variables(model, jax.random.key(0), image_shape))
+    params = kernels.factored(variables["params"], new["params"])
+    chex.assert_trees_all_equal_shapes(variables["batch_stats"], new["batch_stats"])
+    return state_of(config, {"params": params, "batch_stats": variables["batch_stats"]})
 
 
 def state_of(config: Config, variables: Mapping) -> State:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from experiments import check, datasets, losses, measures, programs, record, train
+from experiments import check, datasets, losses, measures, programs, record
 from experiments.config import Config, ConfigError, describe
 from experiments.datasets import DataError, pictures
 from experiments.workdir import TrainError, restore, saved_epochs
@@ -58,7 +58,7 @@ def data_of(run: Run, path: str | Path, data: datasets.Dataset | None = None) ->
     if data is None and run.about["input"]["own"] and not callable(run.config.dataset):
         raise TrainError(f"{path} was trained on arrays that were handed over or made by a function, not on a data set with a "
                          "name; name the config file with --config, or hand them over: saved.evaluate(run, data=...)")
-    data = check.data(data or train.load_data(run.config))
+    data = check.data(data or check.load(run.config))
     if run.about["record"]["data"].get("test") != record.data_of(data)["test"]:
         raise TrainError(f"the test set of {data.name} here is not that of the run {path}; bring back the data of the run")
     return data
@@ -69,7 +69,7 @@ def evaluate_pretrained(name: str) -> dict:
     network, variables = networks.load_pretrained(name)
     config = Config(network, dataset=networks.PRETRAINED[name].data, eval_batch_size=64)  # near to a CPU's cores
     model = programs.Model(network, np.float32(0), np.float32(1))  # it normalises its images itself
-    return {"epoch": None, **test_error(config, model, variables, check.data(train.load_data(config)))}
+    return {"epoch": None, **test_error(config, model, variables, check.data(check.load(config)))}
 
 
 def test_error(config: Config, model: programs.Model, variables, data: datasets.Dataset) -> dict:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from experiments import check, datasets, figures, programs, record
+from experiments import check, datasets, figures, programs, record, saved
 from experiments.config import Config, describe
 from experiments.datasets import stream
 from experiments.measures import equivariance_error
@@ -63,7 +63,7 @@ def train(
     workdir, writes = Path(workdir).absolute(), jax.process_index() == 0
     with opened(workdir, writes), contextlib.ExitStack() as stack:
         own = data is not None or callable(config.dataset)
-        data = check.data(data or load_data(config))
+        given, data = data, check.data(data or check.load(config))
         values = stream.sample(data.train.images)
         model = programs.make_model(config, *check.moments(config, values))
         known = record.of(config, data, source)
@@ -84,8 +84,15 @@ def train(
                 write_json(workdir / "config.json", {"record": known, "input": inputs, "forced": forced, "source": source})
 
         del values
-        state = programs.place(mesh, programs.initial_state(config, model, shape))
-        state = restore(workdir, done, state) if done else state
+        if config.start and not done:
+            left = minutes - (time.perf_counter() - began) / 60
+            variables = first_run(config, workdir / "start", data, given, left, force)
+            if variables is None:
+                return None
+            state = programs.place(mesh, programs.started_state(config, model, shape, variables))
+        else:
+            state = programs.place(mesh, programs.initial_state(config, model, shape))
+            state = restore(workdir, done, state) if done else state
         train_epoch, scan = programs.epoch_program(config, model, data.train, mesh, state, stack)
         evaluate = programs.evaluation_program(config, model, mesh)
         state, history = run_epochs(config, workdir, state, done, mesh, train_epoch, evaluate, data, began, minutes)
@@ -103,6 +110,10 @@ def train(
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             "train_seconds": sum(line["seconds"] for line in history),
         }
+        if config.start:
+            first = read_json(workdir / "start" / "result.json", RESULT)
+            result["start"] = {key: first.get(key) for key in ("test_loss", "parameters", "train_seconds", "commit")}
+            result["train_seconds"] += first["train_seconds"]
         if writes:
             variables = jax.device_get(state.variables)
             result["equivariance_error"] = equivariance_error(model, variables, data.test.images[:64])
@@ -114,6 +125,17 @@ def train(
                 result["config"] = describe(config)
                 write_json(workdir / "result.json", result)
         return result
+
+
+def first_run(config, folder, data, given, minutes, force):
+    """The variables of the run of `config.start`, which is trained if there is no finished one; None if the time was over."""
+    first = config.first
+    if not (folder / "result.json").exists() and train(first, folder, given, minutes=minutes, force=force) is None:
+        return None
+    run = saved.load(folder, first)
+    if run.about["record"]["data"] != record.data_of(data):
+        raise TrainError(f"{folder} holds a run on other data than those of {data.name} here; move it away")
+    return jax.device_get(run.variables)
 
 
 def run_epochs(config, workdir, state, done, mesh, train_epoch, evaluate, data, began, minutes):
@@ -156,13 +178,3 @@ def time_for_more(began: float, minutes: float, history: Sequence[Mapping], comp
     lines = [*history[:1], *history[-1:]] if compiles else history[-2:]
     seconds = time.perf_counter() - began + max((line["seconds"] for line in lines), default=0)
     return minutes == math.inf or bool(multihost_utils.broadcast_one_to_all(np.bool_(seconds < 60 * minutes)))
-
-
-def load_data(config: Config) -> datasets.Dataset:
-    try:
-        if callable(config.dataset):
-            return check.made(config.dataset, config.validation)
-        return datasets.load(config.dataset, validation=config.validation, data_dir=config.data_dir,
-                             image_size=config.image_size, streamed=config.stream)
-    except ValueError as error:
-        raise TrainError(str(error)) from error

@@ -45,7 +45,7 @@ def opened(workdir: Path, writes: bool = True) -> Iterator[None]:
             workdir.mkdir(parents=True, exist_ok=True)
             inside = list(workdir.iterdir())
             _plain(inside, links=not writes)
-            held = [path.name for path in inside if path.suffix != ".partial" and path.name != ".lock"]
+            held = [path.name for path in inside if path.suffix != ".partial" and path.name not in (".lock", "start")]
             if held and "config.json" not in held:
                 names = ", ".join(sorted(held)[:3])
                 raise TrainError(f"{workdir} holds files that belong to no run, such as {names}; choose another --workdir")

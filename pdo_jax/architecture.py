@@ -8,6 +8,7 @@ Data may come from anyone: building from it runs no code but the constructors of
 or in what the program has imported itself. Functions are looked up in a few modules that only compute. No other is imported.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -74,7 +75,8 @@ def from_data(data: Mapping[str, Any], trust: Collection[str] = ()) -> nn.Module
 def differences(there: nn.Module | Mapping[str, Any], here: nn.Module | Mapping[str, Any]) -> list[str]:
     """Where two networks, or their data, differ: one line for each field, empty for equal ones.
 
-    Groups and representations are compared by their matrices, to 1e-9; their names are labels.
+    Groups and representations are compared by their matrices, to 1e-9; their names are labels. A field that is missing, as in
+    data from before it was added, counts as the default of its class.
 
     >>> import pdo_jax as pdo
     >>> differences(pdo.networks.MnistRotNet(), pdo.networks.MnistRotNet(group=pdo.groups.dihedral(4)))
@@ -131,13 +133,15 @@ def _write_module(module, path, seen):
     for field in dataclasses.fields(module):
         if not field.init or field.name == "parent" or field.name == "name" and module.name is None:
             continue
-        value = getattr(module, field.name)
-        if value is field.default and isinstance(value, Callable) and not _is_named(value):
-            written[field.name] = {"default": field.name}
-        else:
-            written[field.name] = _write(value, f"{path}.{field.name}", seen)
+        written[field.name] = _write_field(field, getattr(module, field.name), f"{path}.{field.name}", seen)
     seen[id(module)] = path
     return {"module": _name_of(type(module), path, _PUBLIC), "fields": written}
+
+
+def _write_field(field, value, path, seen):
+    if value is field.default and isinstance(value, Callable) and not _is_named(value):
+        return {"default": field.name}
+    return _write(value, path, seen)
 
 
 def _name_of(thing, path, public):
@@ -290,8 +294,8 @@ def _compare(there, here, path) -> Iterator[str]:
             return
         case {"module": name, "fields": dict(ours)}, {"module": other, "fields": dict(theirs)} if name == other:
             for key in ours | theirs:
-                default = {"default": key}
-                yield from _compare(ours.get(key, default), theirs.get(key, default), f"{path}.{key}".lstrip("."))
+                sides = [values[key] if key in values else _default(name, key) for values in (ours, theirs)]
+                yield from _compare(*sides, f"{path}.{key}".lstrip("."))
         case {"tuple": list(ours)}, {"tuple": list(theirs)} if len(ours) == len(theirs):
             for k, sides in enumerate(zip(ours, theirs, strict=True)):
                 yield from _compare(*sides, f"{path}[{k}]")
@@ -301,6 +305,15 @@ def _compare(there, here, path) -> Iterator[str]:
             shown = [_show(data) for data in (there, here)]
             more = ", with other matrices" if shown[0] == shown[1] else ""
             yield f"{path or 'network'}: {shown[0]} there, {shown[1]} here{more}"
+
+
+def _default(name, key):
+    """What stands for a field that the data of a module lack, since its class had none of that name when they were written."""
+    with contextlib.suppress(ValueError):  # a class that is not here, a field without a default
+        for field in dataclasses.fields(_class(name, name, ())):
+            if field.name == key:
+                return _write_field(field, field.default, key, {})
+    return {"default": key}
 
 
 def _close(there, here):

@@ -61,8 +61,11 @@ class _OrbitConv(Frozen):
         coefficients, components = self.coefficients(), x.shape[-1]
         bank, fan_in = coefficients.bank, x.shape[-2] * components / _sharing(self, self.group.dim)
         init = self.kernel_init or nn.initializers.normal(bank.scale(fan_in, rectified=lifted))
-        w = self.param("kernel", init, (bank.turned.shape[1], channels, components, features), self.param_dtype)
+        w = self._kernel(init, bank.turned.shape[1], channels, components, features)
         return _apply(self, x, w, coefficients, components, **symmetry(self.group, bank, lifted))
+
+    def _kernel(self, init, *shape):
+        return self.param("kernel", init, shape, self.param_dtype)
 
     @nn.nowrap
     def coefficients(self) -> kernels.Coefficients:
@@ -142,11 +145,14 @@ class GroupConv(_OrbitConv):
       feature_group_count: parts of channels and features that do not meet.
       transpose: the adjoint of the convolution that these options describe, from ``features`` channels to those of the input:
         strides · (n - 1) + 1 points for n (with SAME, or continued), by 2: 4 -> 7; ``upsample`` reaches 8.
+      rank: of the kernels as matrices: w = Σ_r a_r b_r, of parameters "mix" a [channels, group.order, rank] and "kernel" b
+        [operators, rank, features], as if a pointwise layer went before one that mixes no orientations (Knigge et al., ICML
+        2022). Better reached from trained kernels, by :func:`pdo_jax.kernels.factored`, than trained from the start.
 
     Shapes: [batch, *space, channels, group.order] -> [batch, *space, features, group.order].
 
     Raises:
-      ValueError: as :class:`LiftingConv`, which comes first: an image has no axis of the group yet.
+      ValueError: as :class:`LiftingConv`, which comes first: an image has no axis of the group yet; a rank above the full one.
 
     Source: Shen, He, Lin, Ma, "PDO-eConvs", ICML 2020, Eq. 12.
 
@@ -158,6 +164,19 @@ class GroupConv(_OrbitConv):
     """
 
     transpose: bool = False
+    rank: int | None = None
+
+    def _kernel(self, init, operators, channels, components, features):
+        rank = self.rank
+        if rank is None:
+            return super()._kernel(init, operators, channels, components, features)
+        most = min(channels * components, operators * features) if self.feature_group_count == 1 else 0
+        if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or not 0 < rank <= most:
+            raise ValueError(f"rank must be None, or an int from 1 to {most} for these kernels of GroupConv, got {rank!r}"
+                             if most else "rank does not go with feature_group_count; give one of them")
+        normal = nn.initializers.normal(1 / math.sqrt(rank))
+        mix = self.param("mix", normal, (channels, components, rank), self.param_dtype)
+        return kernels.product(mix, super()._kernel(init, operators, rank, features))
 
     @nn.compact
     def __call__(self, x: Array) -> jax.Array:

@@ -18,7 +18,7 @@ from jax import export
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from pdo_jax import conv, lowering
+from pdo_jax import conv, kernels, lowering
 from pdo_jax._version import __version__
 from pdo_jax.conv import GroupConv, LiftingConv, PDOConv
 from pdo_jax.fields import group_of
@@ -78,7 +78,8 @@ def to_plain(network: nn.Module, variables: Mapping[str, Any], shape: Sequence[i
             norms[path] = factor, bias - mean * factor
     for path, layer in layers.items():
         if not isinstance(layer, GroupBatchNorm):
-            kernel = _kernel(layer, flat["params", *path, "kernel"])
+            mix, kernel = flat.pop(("params", *path, "mix"), None), flat["params", *path, "kernel"]
+            kernel = _kernel(layer, kernel if mix is None else kernels.product(mix, kernel))
             bias = flat["params", *path, "bias"] if layer.use_bias else jnp.zeros(layer.features, kernel.dtype)
             components = kernel.shape[-1] // layer.features
             if path in merged:

@@ -12,8 +12,9 @@ element C). An extra frame F turns the base polynomials before the group acts: A
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -188,3 +189,46 @@ def _permuted(x, rows):
         return x
     flat = np.arange(len(rows))[:, None] * rows.shape[1] + rows
     return jnp.take(x.reshape(*x.shape[:-2], -1), flat.reshape(-1), axis=-1, unique_indices=True).reshape(x.shape)
+
+
+def product(mix: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Σ_r a_r b_r, [channels, components, r], [parameters, r, features] -> [parameters, channels, components, features]."""
+    return jnp.einsum("icr,prf->picf", mix, kernel)
+
+
+def factor(kernel: ArrayLike, rank: int) -> tuple[jax.Array, jax.Array]:
+    """The mix and kernel of this rank whose :func:`product` is closest to a kernel, in the sum of squares (Eckart, Young 1936).
+
+    [parameters, channels, components, features] -> [channels, components, rank], [parameters, rank, features].
+    """
+    parameters, channels, components, features = jnp.shape(kernel)
+    matrix = jnp.transpose(kernel, (1, 2, 0, 3)).reshape(channels * components, parameters * features)
+    left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
+    root = jnp.sqrt(values[:rank])
+    return ((left[:, :rank] * root).reshape(channels, components, rank),
+            (root[:, None] * right[:rank]).reshape(rank, parameters, features).swapaxes(0, 1))
+
+
+def factored(params: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a network for the same network with ranks (see :class:`pdo_jax.GroupConv`), each kernel by :func:`factor`.
+
+    Args:
+      params: of the network without ranks; like: those with ranks, or their shapes, else a ValueError.
+
+    >>> import pdo_jax as pdo
+    >>> layer, x = pdo.GroupConv(8, pdo.groups.cyclic(8)), jnp.ones([1, 9, 9, 8, 8])
+    >>> whole, small = layer.init(jax.random.key(0), x), layer.clone(rank=10)
+    >>> params = factored(whole["params"], jax.eval_shape(small.init, jax.random.key(0), x)["params"])
+    >>> {name: leaf.shape for name, leaf in params.items()}
+    {'kernel': (9, 10, 8), 'mix': (8, 8, 10)}
+    """
+    params = dict(params)
+    if "mix" in like and "kernel" in params and "mix" not in params:
+        params["mix"], params["kernel"] = factor(params["kernel"], like["mix"].shape[-1])
+    for name in {**params, **like}:
+        here, there = (tree.get(name) for tree in (params, like))
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            params[name] = factored(here, there)
+        elif (shapes := [getattr(leaf, "shape", None) for leaf in (here, there)])[0] != shapes[1]:
+            raise ValueError(f"{name} has shape {shapes[0]} here, {shapes[1]} in the network with ranks; all else must agree")
+    return params

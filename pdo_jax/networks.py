@@ -32,6 +32,7 @@ class MnistRotNet(Frozen):
       dropout: rate after layers 1, 3, 4, 5 and 6.
       pool: ``max_pool``, ``mean_pool`` or ``blur_pool``.
       activation: a function of the values, one by one.
+      ranks: of the kernels of layers 2 to 6, and of that of the head (``rank`` of :class:`pdo_jax.GroupConv`).
 
     The others as for :class:`pdo_jax.LiftingConv`; ``axis_name`` as for :class:`pdo_jax.GroupBatchNorm`.
 
@@ -52,6 +53,7 @@ class MnistRotNet(Frozen):
     lowering: str = "auto"
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    ranks: tuple[int | None, int | None] = (None, None)
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> jax.Array:
@@ -64,14 +66,15 @@ class MnistRotNet(Frozen):
         conv = dict(options, padding=1, basis=self.basis, frame=self.frame)
         x = x.astype(self.dtype)
         for layer, width in enumerate(widths, 1):
-            x = (LiftingConv if layer == 1 else GroupConv)(width, **conv, name=f"conv{layer}")(x)
+            kind = LiftingConv if layer == 1 else functools.partial(GroupConv, rank=self.ranks[0])
+            x = kind(width, **conv, name=f"conv{layer}")(x)
             x = self.activation(layers.GroupBatchNorm(self.group, axis_name=self.axis_name, name=f"norm{layer}")(x, train))
             if layer == 2:
                 x = self.pool(x, self.group)
             else:
                 x = layers.GroupDropout(self.dropout, self.group)(x, train)
         if self.head == "invariant":
-            x = GroupConv(self.head_features, kernel_size=1, **options, name="head_conv")(x)
+            x = GroupConv(self.head_features, kernel_size=1, rank=self.ranks[1], **options, name="head_conv")(x)
             x = self.activation(layers.GroupBatchNorm(self.group, axis_name=self.axis_name, name="head_norm")(x, train))
             x = sampling.group_pool(x.astype(jnp.float32).mean((1, 2), keepdims=True), self.group, "max")
         x = x.reshape(x.shape[0], math.prod(x.shape[1:])).astype(jnp.float32)

@@ -166,7 +166,10 @@ def test_differences_name_the_field_and_both_values():
     assert differences(Block(inner=nn.Dense(2)), Block(inner=nn.Dense(3))) == ["inner.features: 2 there, 3 here"]
     older = to_data(p8)
     del older["fields"]["lowering"]
-    assert differences(older, p8) == ["lowering: its default there, 'auto' here"] and from_data(older) == p8
+    assert differences(older, p8) == [] and from_data(older) == p8
+    assert differences(older, p8.clone(lowering="dense")) == ["lowering: 'auto' there, 'dense' here"]
+    odd = {"module": "elsewhere.Net", "fields": {}}  # a class that is not here
+    assert differences(odd, odd | {"fields": {"width": 3}}) == ["width: its default there, 3 here"]
 
 
 def field(value, module="pdo_jax.networks.MnistRotNet", name="scheme"):

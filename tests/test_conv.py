@@ -83,6 +83,7 @@ MODULES = {  # module, law of the input, law of the output, space
     "group, O_h": (convolution(O_H, kernel_size=3, basis=1), (3, 3, 3)),
     "group, T, strided": (convolution(TETRA, kernel_size=3, strides=2), (5, 5, 5)),
     "group, I": (convolution(ICOSA, kernel_size=3, basis=1), (3, 3, 3)),
+    "group, p4m, rank 3": (convolution(P4M, kernel_size=3, rank=3), (6, 6)),
     "image to vectors": (steerable(fields.trivial(P8), fields.standard(P8)), (6, 6)),
     "vectors to vectors": (steerable(fields.standard(P4M), fields.standard(P4M), padding="VALID"), (6, 6)),
     "vectors to features": (steerable(fields.standard(CUBE), fields.regular(CUBE), kernel_size=3), (4, 4, 4)),
@@ -344,6 +345,9 @@ GOOD = np.zeros((1, 6, 6, 2, 4), np.float32)
     (pdo.GroupConv(1, P4, dtype=jnp.int32), GOOD, "floating"),
     (pdo.GroupConv(1, P4), GOOD.astype(np.complex64), "floating"),
     (pdo.GroupConv(1, P4, dtype="float33"), GOOD, "float33"),
+    (pdo.GroupConv(1, P4, rank=0), GOOD, "rank must be None, or an int from 1 to 8 .*got 0"),
+    (pdo.GroupConv(1, P4, rank=9), GOOD, "from 1 to 8 .*got 9"),
+    (pdo.GroupConv(2, P4, rank=1, feature_group_count=2), GOOD, "rank does not go with feature_group_count"),
 ])
 def test_bad_input_is_named(layer, x, message):
     """A wrong number of axes, a wrong group axis, or an impossible option: an error that names what was given and expected."""

@@ -92,6 +92,7 @@ def remat(x, train):
 
 NETWORKS = {  # name: network, shape of the input, convolutions, norms that are not merged
     "mnist, invariant": (MnistRotNet(**SMALL, group=P4), (2, 28, 28, 1), 7, 0),
+    "mnist, ranks": (MnistRotNet(**SMALL, group=P4, ranks=(3, 2)), (2, 28, 28, 1), 7, 0),
     "mnist, paper": (PAPER["mnist_rot"](**SMALL), (2, 28, 28, 1), 6, 0),
     "resnet, stride": (RESNET(), (2, 8, 8, 3), 9, 4),  # what these four take goes to the shortcut or was added up
     "resnet, pool": (RESNET(downsample="pool", invariant=True), (2, 8, 8, 3), 9, 4),

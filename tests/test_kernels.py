@@ -257,3 +257,36 @@ def test_gradient_of_group_coefficients_is_that_of_a_gather(group):
     expected, plain_pullback = jax.vjp(plain, w)
     np.testing.assert_allclose(value, expected, atol=1e-6)
     np.testing.assert_allclose(pullback(g)[0], plain_pullback(g)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_a_factored_kernel_is_the_closest_of_its_rank(rank):
+    """The sum of squares that it misses is that of the singular values left out (Eckart, Young 1936); with all, nothing."""
+    w = normal(6, 2, 4, 3)  # 8 × 18: rank 8
+    mix, kernel = kernels.factor(w, rank)
+    assert mix.shape == (2, 4, rank) and kernel.shape == (6, rank, 3)
+    values = np.linalg.svd(w.transpose(1, 2, 0, 3).reshape(8, 18), compute_uv=False)
+    missing = w - kernels.product(mix, kernel)
+    np.testing.assert_allclose(np.square(missing).sum(), np.square(values[rank:]).sum(), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_layer_of_full_rank_is_the_whole_layer(transpose):
+    """Factored at full rank a layer gives what it gave, and its parameters are those of the layer with that rank."""
+    group, x = groups.cyclic(4), normal(2, 6, 6, 2, 4)
+    layer = pdo.GroupConv(3, group, kernel_size=3, basis=2, strides=2, transpose=transpose, use_bias=True)
+    whole = layer.init(jax.random.key(0), x)["params"] | {"bias": jnp.arange(3.0)}
+    small = layer.clone(rank=8 + 4 * transpose)  # of 2 · 4 or, transposed, 3 · 4
+    params = kernels.factored(whole, jax.eval_shape(small.init, jax.random.key(0), x)["params"])
+    y, expected = small.apply({"params": params}, x), layer.apply({"params": whole}, x)
+    np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_what_cannot_be_factored_is_named():
+    """Another network is refused, by the parameter that differs."""
+    layer, x = pdo.GroupConv(3, groups.cyclic(4), kernel_size=3), normal(1, 4, 4, 2, 4)
+    whole = layer.init(jax.random.key(0), x)["params"]
+    for other in (layer.clone(features=4, rank=2), layer.clone(rank=2, use_bias=True)):
+        like = jax.eval_shape(other.init, jax.random.key(0), x)["params"]
+        with pytest.raises(ValueError, match=r"(kernel|bias) has shape .* in the network with ranks"):
+            kernels.factored(whole, like)

@@ -38,6 +38,13 @@ def test_parameters_of_a_tapered_network():
     assert parameters(MnistRotNet(features=widths, head_features=5), 1, 28, 28, 1) == layers + head
 
 
+def test_parameters_of_a_network_of_ranks():
+    """A layer of rank r has r (12 · 12 inputs + 6 operators · 12 outputs) parameters, its pointwise head r (12 · 12 + 64)."""
+    network = MnistRotNet(features=12, head_features=64, ranks=(20, 16))
+    layers, norms = 6 * 12 + 5 * 20 * (12 * 12 + 6 * 12), 6 * 2 * 12
+    assert parameters(network, 1, 28, 28, 1) == layers + norms + 16 * (12 * 12 + 64) + 2 * 64 + 64 * 10 + 10 == 25_922
+
+
 @pytest.mark.parametrize("name, ten, hundred, paper", [
     ("p8", 2_621_693, 2_654_183, 2.62e6), ("p6", 362_386, 376_516, 0.36e6), ("p6m", 372_587, 392_117, 0.37e6),
     ("p8_wide", 4_591_630, 4_649_320, 4.6e6)])

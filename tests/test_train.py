@@ -1,6 +1,7 @@
 """The training loop against a plain one, killed and resumed, and on bad input."""
 
 import json
+import shutil
 import time
 import types
 from functools import partial
@@ -247,6 +248,67 @@ def test_no_epoch_is_begun_that_would_not_end_in_time():
         assert train.time_for_more(began, minutes, history, compiles=True) is enough
     assert train.time_for_more(began, 1.5, history, compiles=False) and not train.time_for_more(began, 1.3, history, False)
     assert not train.time_for_more(began, 0.5, [], compiles=True)
+
+
+# A run that begins with another
+
+
+class Ranked(nn.Module):
+    """Its second layer has 8 × 18 kernels, of rank 8 at most."""
+
+    features: int = 2
+    rank: int | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        options = dict(group=pdo.groups.cyclic(4), kernel_size=3)
+        x = pdo.LiftingConv(self.features, **options)(x)
+        x = pdo.GroupConv(2, rank=self.rank, **options, name="conv")(nn.relu(x))
+        return nn.Dense(3)(x.mean((1, 2)).reshape(len(x), -1))
+
+
+FIRST = dict(network=Ranked(), epochs=2, batch_size=16, learning_rate=1e-2, eval_batch_size=10)
+
+
+def started(**changes):
+    """A run that begins with that of FIRST, at full rank, and learns next to nothing."""
+    return make_config(**dict(network=Ranked(rank=8), start=FIRST, epochs=1, learning_rate=1e-12, l2=0.0) | changes)
+
+
+def test_a_run_begins_with_the_weights_of_the_one_before_it(tmp_path):
+    """That one is trained first, with the seed of the second, in the time that there is; the factors give its kernels again."""
+    data, alone, workdir = make_data(), tmp_path / "alone", tmp_path / "run"
+    config = started(seed=3)
+    before = train.train(make_config(**FIRST, l2=0.0, seed=3), alone, data)
+    assert train.train(config, workdir, data, minutes=0) is None and saved_epochs(workdir / "start") == []
+    result = train.train(config, workdir, data)
+    first, last = (saved.load(folder, given).variables["params"]
+                   for folder, given in ((alone, make_config(**FIRST, l2=0.0, seed=3)), (workdir, config)))
+    kernel = np.asarray(first["conv"].pop("kernel"))
+    found = pdo.kernels.product(last["conv"].pop("mix"), last["conv"].pop("kernel"))
+    np.testing.assert_allclose(found, kernel, atol=1e-5)
+    np.testing.assert_allclose(flat(last), flat(first), atol=1e-6)
+    assert result["start"]["test_loss"] == before["test_loss"] and abs(result["test_loss"] - before["test_loss"]) < 1e-5
+    assert result["start"]["parameters"] == before["parameters"]
+    assert result["train_seconds"] > result["start"]["train_seconds"] > 0
+
+    other = tmp_path / "other"  # a finished one serves another run
+    shutil.copytree(workdir / "start", other / "start")
+    lines = (other / "start" / "metrics.jsonl").stat().st_mtime_ns
+    assert train.train(config, other, data)["test_loss"] == result["test_loss"]
+    assert (other / "start" / "metrics.jsonl").stat().st_mtime_ns == lines
+    shutil.copytree(workdir / "start", tmp_path / "third" / "start")
+    with pytest.raises(TrainError, match="other data"):
+        train.train(config, tmp_path / "third", data._replace(train=data.train._replace(labels=data.train.labels[::-1].copy())))
+
+
+@pytest.mark.parametrize("first, message", [
+    (dict(network=Ranked(features=3)), r"start fails: ValueError: kernel has shape"),
+    (dict(network=Ranked(), epochs=0), "start: epochs is 0"), (dict(epochs=1), "start: the config has no network")])
+def test_a_start_that_does_not_fit_is_refused_before_it_is_trained(tmp_path, first, message):
+    with pytest.raises((TrainError, configs.ConfigError), match=message):
+        train.train(started(start=first), tmp_path, make_data())
+    assert not (tmp_path / "start").exists()
 
 
 # Bad input

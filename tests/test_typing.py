@@ -61,7 +61,7 @@ def test_signatures_are_found():
 def test_help_names_every_argument(layer):
     """The docstring stands before all that Flax adds: the first screen of ``help`` tells what can be set."""
     arguments = inspect.signature(layer).parameters.keys() - {"parent", "name"}
-    assert len(arguments) == (17 if layer is pdo_jax.GroupConv else 16)
+    assert len(arguments) == (18 if layer is pdo_jax.GroupConv else 16)
     assert not [name for name in arguments if f"{name}:" not in layer.__doc__]
 
 
