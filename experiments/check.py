@@ -178,7 +178,7 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
         new, _ = jax.eval_shape(programs.mapped(step, "jit", mesh), state, *split, rows)
     if config.start is not None:
         with _trying("start"):
-            first = programs.make_model(config.first, model.mean, model.deviation)
+            first = programs.make_model(config.first(), model.mean, model.deviation)
             jax.eval_shape(lambda: programs.started_state(
                 config, model, images.shape[1:], programs.new_variables(first, jax.random.key(0), images.shape[1:])))
     with _trying("a step of training, in which network and optimiser must keep the shapes and types of their state,"):

@@ -93,16 +93,15 @@ class Config:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         if self.start is not None:
-            try:
-                self.first  # noqa: B018
-            except ConfigError as error:
-                raise ConfigError(f"start: {error}") from error
+            self.first()
 
-    @property
     def first(self) -> "Config":
-        """The config of the run that goes first."""
+        """The config of the run that goes first, by `start`."""
         shared = ("dataset", "image_size", "stream", "data_dir", "validation", "moments", "seed")
-        return make({**self.start} | {name: getattr(self, name) for name in shared})
+        try:
+            return make({**self.start} | {name: getattr(self, name) for name in shared})
+        except ConfigError as error:
+            raise ConfigError(f"start: {error}") from error
 
 
 _LARGEST = 2**32 - 1  # what a random key is made of, and more than any count

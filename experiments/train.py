@@ -129,7 +129,7 @@ def train(
 
 def first_run(config, folder, data, given, minutes, force):
     """The variables of the run of `config.start`, which is trained if there is no finished one; None if the time was over."""
-    first = config.first
+    first = config.first()
     if not (folder / "result.json").exists() and train(first, folder, given, minutes=minutes, force=force) is None:
         return None
     run = saved.load(folder, first)
