@@ -1,4 +1,4 @@
-"""What each choice of mnist_rot_best_p16.py is worth, and how many digits it takes: two tables and two figures.
+"""What each choice of mnist_rot_small_p16.py is worth, and how many digits it takes: two tables and two figures.
 
     python -m experiments.ablations [choices] [digits] [--minutes M]
 
@@ -26,7 +26,7 @@ import pdo_jax as pdo
 from experiments import baselines, boundary, check, config, programs, reproduce, workdir
 from experiments.boundary import Refused
 from experiments.config import Config
-from experiments.configs import mnist_rot_best_p16
+from experiments.configs import mnist_rot_small_p16
 from experiments.datasets import augment
 from experiments.main import program, spare
 
@@ -34,7 +34,7 @@ RESULTS = reproduce.RESULTS / "ablations.json"
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 MARK = "<!-- from results/ablations.json, by python -m experiments.ablations {} -->\n"
 ALL = 12_000  # digits of the train set
-BEST = mnist_rot_best_p16.config
+BEST = mnist_rot_small_p16.config
 EPOCHS = 24
 
 

@@ -1,4 +1,4 @@
-"""escnn's regular C8 network on rotated MNIST, in PyTorch, in the recipe of mnist_rot_best.py: the row `mnist_rot_best_escnn`.
+"""escnn's regular C8 network on rotated MNIST, in PyTorch, in the recipe of mnist_rot_small.py: `mnist_rot_small_escnn`.
 
     python -m experiments.rival --python PYTHON [--seed SEED] [--set validation=2000]
 
@@ -36,7 +36,7 @@ def work(options: argparse.Namespace):
 
     if not shutil.which(options.python):
         raise Refused(f"there is no Python at {options.python}; give --python one that has torch and escnn")
-    recipe = config.load(Path(__file__).parent / "configs" / "mnist_rot_best.py", [f"seed={options.seed}", *options.set])
+    recipe = config.load(Path(__file__).parent / "configs" / "mnist_rot_small.py", [f"seed={options.seed}", *options.set])
     data = datasets.load(recipe.dataset, validation=recipe.validation)
     mean, deviation = recipe.moments(data.train.images)
     steps = len(data.train.labels) // recipe.batch_size
@@ -63,7 +63,7 @@ def work(options: argparse.Namespace):
     print({key: found[key] for key in ("parameters", "held_error", "held_loss", "wall_seconds")})
     if not recipe.validation:
         found |= {"test_error": found.pop("held_error"), "test_loss": found.pop("held_loss")}
-        workdir.write_json(reproduce.RESULTS / f"mnist_rot_best_escnn_seed{recipe.seed}.json", found)
+        workdir.write_json(reproduce.RESULTS / f"mnist_rot_small_escnn_seed{recipe.seed}.json", found)
         reproduce.write_table(reproduce.RESULTS)
 
 

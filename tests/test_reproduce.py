@@ -51,8 +51,8 @@ def test_no_time_means_no_training(rows, tmp_path):
 def test_an_unknown_row_is_named(capsys):
     assert main(["mnist"]) == 2
     assert "no row 'mnist'; the rows are " in capsys.readouterr().err
-    assert main(["mnist_rot_best_escnn"]) == 2
-    assert "mnist_rot_best_escnn is not trained here: escnn's C8" in capsys.readouterr().err
+    assert main(["mnist_rot_small_escnn"]) == 2
+    assert "mnist_rot_small_escnn is not trained here: escnn's C8" in capsys.readouterr().err
 
 
 def test_the_ledger_is_made_of_the_results():

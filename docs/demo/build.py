@@ -42,7 +42,7 @@ class FirstLayer(nn.Module):
 
 def networks():
     """(What turns, the plain CNN, the fields of what turns), each (network, variables) that takes images in [0, 1]."""
-    ours, weights = pdo.networks.load_pretrained("mnist_rot_best")
+    ours, weights = pdo.networks.load_pretrained("mnist_rot_small")
     inner = {kind: {name: tree["inner"][name] for name in ("conv1", "norm1") if name in tree["inner"]}
              for kind, tree in weights.items()}
     first = pdo.networks.Normalised(FirstLayer(ours.inner), ours.mean, ours.deviation)

@@ -12,7 +12,7 @@ from functools import partial
 
 import pdo_jax as pdo
 from experiments.config import warmup_cosine
-from experiments.configs.mnist_rot_best import config as base
+from experiments.configs.mnist_rot_small import config as base
 from experiments.datasets import augment
 
 config = base | dict(

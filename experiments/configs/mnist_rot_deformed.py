@@ -1,4 +1,4 @@
-"""Rotated MNIST with rotations and small deformations in training: the network of mnist_rot_best_p16.py, 26 038 parameters.
+"""Rotated MNIST with rotations and small deformations in training: the network of mnist_rot_small_p16.py, 26 038 parameters.
 
     python -m experiments.main --config experiments/configs/mnist_rot_deformed.py
 
@@ -8,7 +8,7 @@ without AMX.
 
 from functools import partial
 
-from experiments.configs.mnist_rot_best_p16 import config as base
+from experiments.configs.mnist_rot_small_p16 import config as base
 from experiments.datasets import augment
 
 config = base | dict(network=base["network"].clone(dropout=0.0), augment=partial(augment.deform, finer=3))

@@ -122,7 +122,7 @@ def from_linen(module: nn.Module, variables: Mapping[str, Any], *, rngs: nnx.Rng
     >>> face = pnn.from_linen(*pdo.networks.load_pretrained("mnist_rot_best"), rngs=nnx.Rngs(0))
     >>> face.eval()
     >>> face.inner.conv1.kernel.shape  # face(images) -> logits
-    (6, 1, 1, 6)
+    (6, 1, 1, 12)
     """
     return Face(module, variables, rngs=rngs)
 
