@@ -2,7 +2,10 @@
 
     python -m experiments.main --config experiments/configs/mnist_rot_best.py
 
-First comes the run of mnist_rot_wide.py, of 40 epochs, then 12 epochs with factors. No augmentation.
+First comes the run of mnist_rot_wide.py, of 40 epochs, then 12 epochs with factors. No augmentation. Tried on validation digits
+(--set validation=2000). Seeds: --set seed=1.
+
+Recorded (2 seeds, last epoch, regenerated data): 0.96 % test error, in 65 minutes on one CPU core without AMX.
 """
 
 from functools import partial
