@@ -170,17 +170,17 @@ def run(config: Config, model, given: Dataset, mesh: Mesh):
         optimiser = programs.make_optimiser(config, 1)
         if not isinstance(optimiser, optax.GradientTransformation):
             raise TrainError(f"optimizer gives {optimiser!r:.100}; expected an optax transformation, as optax.adam does")
+    if config.start is not None:
+        with _trying("start"):
+            first = programs.make_model(config.first(), model.mean, model.deviation)
+            jax.eval_shape(lambda: programs.started_state(
+                config, model, images.shape[1:], programs.new_variables(first, jax.random.key(0), images.shape[1:])))
     with _trying("a step of training"):
         state = jax.eval_shape(lambda variables: programs.state_of(config, variables), variables)
         step = programs.step_function(config, model, count // config.batch_size, devices)
         rows = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
         split = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in given.train]
         new, _ = jax.eval_shape(programs.mapped(step, "jit", mesh), state, *split, rows)
-    if config.start is not None:
-        with _trying("start"):
-            first = programs.make_model(config.first(), model.mean, model.deviation)
-            jax.eval_shape(lambda: programs.started_state(
-                config, model, images.shape[1:], programs.new_variables(first, jax.random.key(0), images.shape[1:])))
     with _trying("a step of training, in which network and optimiser must keep the shapes and types of their state,"):
         chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
 

@@ -110,8 +110,8 @@ def train(
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             "train_seconds": sum(line["seconds"] for line in history),
         }
-        if config.start:
-            first = read_json(workdir / "start" / "result.json", RESULT)
+        if config.start and (file := workdir / "start" / "result.json").exists():  # a run that was packed goes on without it
+            first = read_json(file, RESULT)
             result["start"] = {key: first.get(key) for key in ("test_loss", "parameters", "train_seconds", "commit")}
             result["train_seconds"] += first["train_seconds"]
         if writes:

@@ -292,6 +292,11 @@ def test_a_run_begins_with_the_weights_of_the_one_before_it(tmp_path):
     assert result["start"]["parameters"] == before["parameters"]
     assert result["train_seconds"] > result["start"]["train_seconds"] > 0
 
+    (workdir / "result.json").rename(tmp_path / "result.json")  # once it has begun, it needs that one no more
+    (workdir / "start").rename(tmp_path / "start")
+    assert train.train(config, workdir, data)["test_loss"] == result["test_loss"]
+    (tmp_path / "start").rename(workdir / "start")
+
     other = tmp_path / "other"  # a finished one serves another run
     shutil.copytree(workdir / "start", other / "start")
     lines = (other / "start" / "metrics.jsonl").stat().st_mtime_ns
